@@ -30,7 +30,7 @@ from transformers.cache_utils import Cache
 
 import lora
 import models
-from steer import RoomyLayer, SteeringVector, chat_ids, left_pad, logits, repetition, sample, score
+from steer import NEUTRAL, RoomyLayer, SteeringVector, chat_ids, left_pad, logits, repetition, sample, score
 
 FOUNDATIONS = ("Care", "Fairness", "Loyalty", "Authority", "Sanctity", "Liberty", "SocialNorms")
 CLAUSES = {"Care": " it is cruel and hurts someone", "Fairness": " it is unfair and dishonest",
@@ -151,13 +151,13 @@ def surgicality(base: Profile, after: Profile) -> Estimate:
     return paired(lambda p0, m0, p1, m1: moved(p0, p1, auth) - np.maximum(moved(p0, p1, care), moved(p0, p1, fair)), base, after)
 
 
-def speak(model, tok, prompts: list[str], vector: SteeringVector | None = None, dose: float = 0.0, max_new_tokens: int = 48) -> dict:
+def speak(model, tok, prompts: list[str], system: str = NEUTRAL, vector: SteeringVector | None = None, dose: float = 0.0, max_new_tokens: int = 48) -> dict:
     """Greedy completions of the model as it stands; coherence where the answer mass saturates.
 
     -> perplexity: exp of the mean over completions of their mean negative log-probability under the original;
     repetition: mean of `steer.repetition`; texts: [{prompt, text}].
     """
-    ids = [chat_ids(tok, p) for p in prompts]
+    ids = [chat_ids(tok, p, system) for p in prompts]
     new = sample(model, tok, ids, vector, [dose] * len(ids), max_new_tokens=max_new_tokens, temperature=0)
     with lora.gates(model, history=0, live=0):
         logp = [lp for lp in score(model, ids, new) if len(lp)]
@@ -204,14 +204,14 @@ def load_vignettes(path, n: int = 0) -> list[dict]:
     return [v for _, v in sorted(zip(order, found), key=lambda pair: pair[0])][:n or None]
 
 
-def _answers(model, tok, question: str, opening: str, vignettes, vector, dose, batch_size, read):
+def _answers(model, tok, question: str, opening: str, vignettes, system, vector, dose, batch_size, read):
     """Run `question` over the vignettes and call read(hidden, cache, mask, positions) per batch; -> outputs in vignette order.
 
     The prompt before the vignette is the same for all and runs once. The vector acts from the assistant tag on, as in
     `steer.sample`: the last token of the generation prompt and `opening`, the start of the answer.
     """
     slot = "\u241f"  # a symbol no vignette holds marks where the text goes
-    prompt = tok.decode(chat_ids(tok, question.format(slot)))
+    prompt = tok.decode(chat_ids(tok, question.format(slot), system))
     head, tail = (tok(part, add_special_tokens=False).input_ids for part in prompt.split(slot))
     opening_ids = [tail[-1]] + tok(opening, add_special_tokens=False).input_ids
     texts = [tok(v["text"], add_special_tokens=False).input_ids + tail[:-1] for v in vignettes]
@@ -238,7 +238,7 @@ def _answers(model, tok, question: str, opening: str, vignettes, vector, dose, b
 
 
 @torch.no_grad()
-def cloze(model, tok, vignettes, constants=None, vector: SteeringVector | None = None, dose: float = 0.0,
+def cloze(model, tok, vignettes, constants=None, system: str = NEUTRAL, vector: SteeringVector | None = None, dose: float = 0.0,
           batch_size: int = 28, bar=None) -> Profile:
     """The small-model readout. constants: [7] of the original's Profile; None on the original itself."""
     clauses = [tok(CLAUSES[f], add_special_tokens=False).input_ids for f in FOUNDATIONS]
@@ -269,8 +269,9 @@ def cloze(model, tok, vignettes, constants=None, vector: SteeringVector | None =
     def letter_mass(h, *_):  # -> [batch]
         return logits(model, h).float().softmax(-1)[:, letters].sum(-1)
 
-    raw = _answers(model, tok, "{} Why is this wrong?", "This is wrong because", vignettes, vector, dose, batch_size, clause_logp)
-    mass = _answers(model, tok, OPTIONS + "\n{} Why is this wrong?", "Answer: (", vignettes, vector, dose,
+    raw = _answers(model, tok, "{} Why is this wrong?", "This is wrong because", vignettes, system, vector, dose,
+                   batch_size, clause_logp)
+    mass = _answers(model, tok, OPTIONS + "\n{} Why is this wrong?", "Answer: (", vignettes, system, vector, dose,
                     4 * batch_size, letter_mass)
     constants = raw.mean(0) if constants is None else constants
     z = raw - constants
@@ -284,7 +285,7 @@ READOUTS = {"cloze": cloze}
 def evaluate(model, tok, vignettes: list[dict], readout: str = "cloze", **how) -> Profile:
     """Foundation profile and coherence of the model as it stands (its gates and hooks included).
 
-    how: constants (from the original's Profile), vector and dose (the steered model), batch_size, bar.
+    how: constants (from the original's Profile), system prompt, vector and dose (the steered model), batch_size, bar.
     Raises ValueError for an unknown readout.
     """
     if readout not in READOUTS:
