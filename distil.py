@@ -131,6 +131,10 @@ def keep(model, tok, rows: list[dict], persona: Persona, rules: Filter, bar=None
     return out
 
 
+class Starved(ValueError):
+    """Too few completions survive the filter, at any dose that was tried."""
+
+
 def collect(model, tok, vector: SteeringVector, prompts: list[str], persona: Persona, rules: Filter, doses: tuple[float, ...],
             n_keep: int, seed: int, rows: list[dict] = (), on_batch=lambda rows: None, batch: int = 96, max_batches: int = 8,
             bar=None, **sampling) -> tuple[list[dict], list[dict]]:
@@ -138,7 +142,7 @@ def collect(model, tok, vector: SteeringVector, prompts: list[str], persona: Per
 
     A band (one entry of `doses`) of which less than half of a batch survives is lowered to 0.7 of its dose for the next.
     Each batch depends only on the seed and the rows before it, so a continued call gives what an uninterrupted one does.
-    Raises ValueError when max_batches do not fill the set, naming the rule that dropped most.
+    Raises Starved when max_batches do not fill the set, naming the rule that dropped most.
     """
     rows = list(rows)
     batch = min(batch, 2 * len(doses) * math.ceil(n_keep / len(doses)))
@@ -161,9 +165,9 @@ def collect(model, tok, vector: SteeringVector, prompts: list[str], persona: Per
     worst = dropped.most_common(1)[0][0]
     flag = {"short": "--min-words", "repetition": "--max-repetition", "loop": "--min-diversity", "perplexity": "--max-perplexity",
             "refusal": "the prompts", "narrates": "the persona"}[worst]
-    raise ValueError(f"data starved: {len(rows) - dropped.total()} of {n_keep} completions kept after {len(rows)} samples at doses down to "
-                     f"{min(r['dose'] for r in rows):.2g}; dropped: {', '.join(f'{k} {n}' for k, n in dropped.most_common())}; "
-                     f"fix: lower --doses, or loosen '{worst}' ({flag})")
+    raise Starved(f"data starved: {len(rows) - dropped.total()} of {n_keep} completions kept after {len(rows)} samples at doses down to "
+                  f"{min(r['dose'] for r in rows):.2g}; dropped: {', '.join(f'{k} {n}' for k, n in dropped.most_common())}; "
+                  f"fix: lower --doses, or loosen '{worst}' ({flag})")
 
 
 def to_jsonl(rows: list[dict]) -> str:

@@ -14,9 +14,11 @@ Then freeze the adapter into the history (gates at 0 still give the original, bi
 """
 import json
 import math
+import os
 import sys
 import time
 import zlib
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -33,14 +35,16 @@ import distil
 import lora
 import models
 import plot
-from evaluate import FOUNDATIONS, Profile, coh_cost, evaluate, load_vignettes, speak
-from steer import SteeringVector, band, completion_states, extract_vector, logits, mean_residual
+from evaluate import COHERENCE_FLOOR, Profile, evaluate, load_vignettes, speak
+from steer import NEUTRAL, SteeringVector, band, completion_states, extract_vector, logits, mean_residual
 
 
 @dataclass
 class Config(distil.Config):
     out: Path | None = None
     """Run folder, new or empty; default runs/<time>_<trait>_<reg>_<agg>_s<seed>."""
+    resume: Path | None = None
+    """Go on with this run folder after its last finished stage, with its settings."""
     rounds: int = 3
     """How often the loop goes round."""
     rank: int = 16
@@ -53,9 +57,9 @@ class Config(distil.Config):
     """Divergence: none, KL(original‖student), KL(student‖original), or weight decay on the adapter alone."""
     agg: Literal["mean", "rmse", "p95", "max"] = "rmse"
     """How a completion's per-position KL becomes D."""
-    lam: float = 5.0
+    lam: float = 2.0
     """λ, the barrier's weight."""
-    tau: float = 0.3
+    tau: float = 0.2
     """τ in nats: the barrier acts where D exceeds it."""
     ref: Literal["base", "prev"] = "base"
     """What D is measured from: the round-0 original, or the previous student."""
@@ -71,6 +75,8 @@ class Config(distil.Config):
     """The evaluation's vignettes."""
     n_vignettes: int = 0
     """How many of them, balanced over the foundations; 0 is all."""
+    baselines: bool = True
+    """Also measure the persona as a system prompt, and steering alone at the healed model's trait."""
     readout: Literal["cloze"] = "cloze"
     """How the model is asked; cloze suits models below about 1B."""
 
@@ -153,6 +159,11 @@ def heal_step(model, prompts, completions, references, cfg) -> dict:
 # ---- one round of healing ---------------------------------------------------------------------------------------------
 
 
+def held_out(n_kept: int) -> int:
+    """Completions kept from training: an eighth, at least one."""
+    return max(1, n_kept // 8)
+
+
 @torch.no_grad()
 def held_out_loss(model, pairs) -> float:
     """Mean CE per token of the student on (prompt, completion) pairs, nats."""
@@ -192,7 +203,7 @@ def heal_round(model, tok, kept: list[dict], cfg, seed: int, bar=None, checkpoin
     checkpoint: written after each epoch and continued from, so an interrupted round ends in the same adapter.
     """
     pairs = [distil.row_ids(tok, row) for row in kept]
-    n_held = max(1, len(pairs) // 8)
+    n_held = held_out(len(pairs))
     held, train = pairs[:n_held], sorted(pairs[n_held:], key=lambda pc: len(pc[0]) + len(pc[1]))  # like lengths share a batch
     batches = [range(i, min(i + cfg.batch_size, len(train))) for i in range(0, len(train), cfg.batch_size)]
     with torch.no_grad(), lora.merged(model), lora.gates(model, history=float(cfg.ref == "prev"), live=0):
@@ -242,27 +253,26 @@ class Run:
     """A run folder. events.jsonl has one line per finished stage; a stage on record is not done again.
 
     A stage leaves its files first and its line last, and the next stage reads the files: a run that was killed and
-    resumed takes the same road, to the same bytes, as one that was not.
+    resumed takes the same road, to the same bytes (times aside), as one that was not.
     """
 
     def __init__(self, folder: Path):
         self.folder, self.file = folder, folder / "events.jsonl"
         self.events = distil.read_jsonl(self.file) if self.file.exists() else []
 
+    def find(self, name: str, round: int) -> dict | None:
+        return next((e for e in self.events if (e["stage"], e["round"]) == (name, round)), None)
+
+    def record(self, event: dict) -> dict:
+        self.events.append(event)
+        models.write_text(self.file, distil.to_jsonl(self.events))
+        return event
+
     def stage(self, name: str, round: int, compute) -> dict:
         """The recorded event of this stage and round, or compute() -> dict, recorded."""
-        for event in self.events:
-            if (event["stage"], event["round"]) == (name, round):
-                return event
         start = time.perf_counter()
-        event = {"stage": name, "round": round, **compute()}
-        self.events.append({**event, "seconds": round_to(time.perf_counter() - start)})
-        models.write_text(self.file, distil.to_jsonl(self.events))
-        return self.events[-1]
-
-
-def round_to(x: float, digits: int = 3) -> float:
-    return float(f"{x:.{digits}g}")
+        return self.find(name, round) or self.record(
+            {"stage": name, "round": round, **compute(), "seconds": float(f"{time.perf_counter() - start:.3g}")})
 
 
 def stage_seed(seed: int, round: int, stage: str) -> int:
@@ -270,25 +280,77 @@ def stage_seed(seed: int, round: int, stage: str) -> int:
     return zlib.crc32(f"{seed} {round} {stage}".encode())
 
 
-def main(cfg: Config) -> None:
-    persona = distil.find_persona(cfg.trait, cfg.pos, cfg.neg)
-    vignettes = load_vignettes(cfg.vignettes, cfg.n_vignettes)
-    contexts = distil.load_strings(models.DATA / "contexts.json", "contexts")[:cfg.n_contexts]
-    prompts = distil.load_strings(models.DATA / "prompts.json", "dilemmas")
-    heldout = distil.load_strings(models.DATA / "prompts.json", "heldout")
+def recorded(cfg: Config) -> dict:
+    """The settings as config.json keeps them: no absolute path of this machine, and nothing that does not change a number."""
+    def portable(v):
+        return os.path.relpath(v, models.DATA.parent) if isinstance(v, Path) or (v == cfg.model and Path(v).is_dir()) else v
+    settings = {k: portable(v) for k, v in asdict(cfg).items() if k not in ("out", "resume", "device")}
+    return json.loads(json.dumps(settings))
+
+
+def resumed(cfg: Config) -> Config:
+    """The recorded settings of --resume RUN. Raises ValueError where a flag asks for something else."""
+    file = cfg.resume / "config.json"
+    if not file.exists():
+        raise ValueError(f"--resume {cfg.resume} is not a run folder (no config.json); fix: give the --out of an earlier run")
+    try:
+        before = json.loads(file.read_text())
+        default, asked = recorded(Config()), recorded(cfg)
+        for name, value in asked.items():
+            if value != default[name] and value != before[name]:
+                raise ValueError(f"--{name.replace('_', '-')} {value} was {before[name]} when {cfg.resume} began; "
+                                 "fix: resume without the flag, or start a new run")
+        def back(name, v):
+            if isinstance(getattr(cfg, name), Path) or (name == "model" and (models.DATA.parent / v).is_dir()):
+                return type(getattr(cfg, name))(models.DATA.parent / v)
+            return tuple(v) if isinstance(v, list) else v
+        return Config(**{k: back(k, v) for k, v in before.items()}, out=cfg.resume, resume=cfg.resume, device=cfg.device)
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
+        raise ValueError(f"{file} is malformed ({e}); fix: restore it, or start a new run") from None
+
+
+def main(cfg: Config) -> Path:
+    """Run the loop; -> the run folder."""
+    cfg = resumed(cfg) if cfg.resume else cfg
     folder = cfg.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}_{cfg.trait}_{cfg.reg}_{cfg.agg}_s{cfg.seed}"
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"--out {folder} is not empty; fix: another folder, or delete it")
+    if not cfg.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--out {folder} is not empty; fix: another folder, or --resume {folder}")
+    checked(cfg)  # before a folder appears
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    try:
+        with lock.acquire(timeout=0):
+            models.write_text(folder / "config.json", json.dumps(recorded(cfg), indent=2) + "\n")
+            loop(cfg, Run(folder))
+    except Timeout:
+        raise ValueError(f"another process is at work in {folder}; fix: wait for it, or choose another --out") from None
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; go on with: python heal_loop.py --resume {folder}", file=sys.stderr)
+        raise
+    return folder
+
+
+def checked(cfg: Config):
+    """-> persona, vignettes, contexts, prompts, held-out prompts. Raises ValueError or FileNotFoundError."""
+    strings = {name: distil.load_strings(models.DATA / file, name) for name, file in
+               (("contexts", "contexts.json"), ("dilemmas", "prompts.json"), ("heldout", "prompts.json"))}
+    return (distil.find_persona(cfg.trait, cfg.pos, cfg.neg), load_vignettes(cfg.vignettes, cfg.n_vignettes),
+            strings["contexts"][:cfg.n_contexts], strings["dilemmas"], strings["heldout"])
+
+
+def loop(cfg: Config, run: Run) -> None:
+    folder = run.folder
+    persona, vignettes, contexts, prompts, heldout = checked(cfg)
     model, tok = models.load(cfg.model, cfg.device, cfg.dtype)
     layers = band(model, cfg.steer_layers)
-    torch.manual_seed(stage_seed(cfg.seed, 0, "attach"))
     lora.attach(model, cfg.rank, cfg.alpha, cfg.lora_layers)
-    folder.mkdir(parents=True, exist_ok=True)
-    models.write_text(folder / "config.json", json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in asdict(cfg).items() if k != "out"}, indent=2))
-    run = Run(folder)
-    print(f"{cfg.model}: {cfg.trait}, {cfg.reg}·{cfg.agg}, λ {cfg.lam:g}, τ {cfg.tau:g}, {cfg.rounds} rounds -> {folder}", flush=True)
-
-    done, stages = 0, 2 + 5 * cfg.rounds
+    if healed := sum(e["stage"] == "heal" for e in run.events):
+        lora.load(model, folder / "adapter.safetensors")
+        lora.truncate(model, healed)  # a kill between the file and its event leaves one round too many
+    run.events = [e for e in run.events if e["stage"] != "ended"]
+    print(f"{cfg.model}: {cfg.trait}, {cfg.reg}{f'·{cfg.agg}, λ {cfg.lam:g}, τ {cfg.tau:g}' if cfg.reg.startswith('kl') else ''}, "
+          f"{cfg.rounds} rounds, seed {cfg.seed} -> {folder}", flush=True)
+    done, stages = len(run.events), 1 + 5 * cfg.rounds + 2 * cfg.baselines
 
     @contextmanager
     def progress(what: str, total: int):
@@ -297,65 +359,99 @@ def main(cfg: Config) -> None:
         with tqdm(total=total, desc=f"[{done}/{stages}] {what}", leave=False, dynamic_ncols=True) as bar:
             yield bar
 
-    def measure(name: str, r: int, constants=None, **steering) -> dict:
-        """Evaluate the model as it stands and let it speak; -> one event."""
-        with progress(f"round {r}: evaluate {name}", len(vignettes)) as bar, lora.merged(model), lora.gates(model, live=0):
-            profile = evaluate(model, tok, vignettes, cfg.readout, constants=constants, bar=bar, **steering)
-            said = speak(model, tok, heldout, **steering)
-        event = {**profile.summary(), **{k: v for k, v in said.items() if k != "texts"}, "profile": profile.to_dict(), "texts": said["texts"]}
-        print(f"{name:>8} r{r}  auth {profile.auth_nats:+.2f}  care {profile.care_nats:+.2f}  coherence {profile.coherence:.3f}  "
-              f"perplexity {said['perplexity']:.1f}", flush=True)
-        return event
+    def measure(name: str, history: float = 1.0, constants=None, **how) -> dict:
+        """Evaluate the student (the original at history 0) and let it speak; -> one event."""
+        with progress(f"evaluate {name}", len(vignettes)) as bar, lora.merged(model), lora.gates(model, history, live=0):
+            profile = evaluate(model, tok, vignettes, cfg.readout, constants=constants, bar=bar, **how)
+            said = speak(model, tok, heldout, **how)
+        print(f"  {name:<12} auth {profile.auth_nats:+.2f}  care {profile.care_nats:+.2f}  coherence {profile.coherence:.4f}  "
+              f"perplexity {said['perplexity']:.1f}  repetition {said['repetition']:.2f}", flush=True)
+        return {**profile.summary(), **said, "profile": profile.to_dict()}
 
-    base = Profile.from_dict(run.stage("base", -1, lambda: measure("base", -1))["profile"])
-    v0 = None
-    for r in range(cfg.rounds):
-        vector_file, kept_file = folder / f"vector_r{r}.safetensors", folder / f"kept_r{r}.jsonl"
+    base = Profile.from_dict(run.stage("base", -1, lambda: measure("base", 0))["profile"])
+    if cfg.baselines:  # the persona as a system prompt, nothing trained
+        run.stage("prompted", -1, lambda: measure("prompted", 0, base.constants, system=persona.pos))
+    v0, why = None, ""
+    try:
+        for r in range(cfg.rounds):
+            vector_file, kept_file, sampled_file = (folder / f for f in (f"vector_r{r}.safetensors", f"kept_r{r}.jsonl", f"sampled_r{r}.jsonl"))
 
-        def extract():
-            with progress(f"round {r}: extract", 2 * len(contexts)) as bar, lora.merged(model), lora.gates(model, live=0):
-                vector = extract_vector(model, tok, persona, contexts, layers, bar=bar)
-            vector.save(vector_file)
-            return {"cos_v0": vector.cosine(v0 or vector), "norm": sum(v.norm().item() for v in vector.layers.values()) / len(layers)}
-        run.stage("extract", r, extract)
-        vector = SteeringVector.load(vector_file)
-        v0 = v0 or vector
+            def extract():
+                with progress(f"extract r{r}", 2 * len(contexts)) as bar, lora.merged(model), lora.gates(model, live=0):
+                    vector = extract_vector(model, tok, persona, contexts, layers, bar=bar)
+                vector.save(vector_file)
+                return {"cos_v0": vector.cosine(v0 or vector), "norm": sum(v.norm().item() for v in vector.layers.values()) / len(layers)}
+            run.stage("extract", r, extract)
+            vector = SteeringVector.load(vector_file)
+            v0 = v0 or vector
 
-        def collect():
-            with progress(f"round {r}: sample and filter", cfg.n_keep) as bar:
-                kept, rows = distil.collect(model, tok, vector, prompts, persona, cfg, cfg.doses, cfg.n_keep, stage_seed(cfg.seed, r, "sample"),
-                                            bar=bar, max_new_tokens=cfg.max_new_tokens)
-            models.write_text(folder / f"sampled_r{r}.jsonl", distil.to_jsonl(rows))
-            models.write_text(kept_file, distil.to_jsonl(kept))
-            return {"sampled": len(rows), "kept": len(kept), "dose": sum(k["dose"] for k in kept) / len(kept),
-                    "verdicts": dict(sorted(distil.Counter(row["verdict"] for row in rows).items()))}
-        dose = run.stage("distil", r, collect)["dose"]
-        kept = distil.read_jsonl(kept_file)
-        run.stage("steered", r, lambda: measure("steered", r, base.constants, vector=vector, dose=dose))
+            def distill():
+                before = distil.read_jsonl(sampled_file) if sampled_file.exists() else []
+                with progress(f"sample and filter r{r}", None) as bar:
+                    kept, rows = distil.collect(
+                        model, tok, vector, prompts, persona, cfg, cfg.doses, cfg.n_keep, stage_seed(cfg.seed, r, "sample"), before,
+                        lambda rows: models.write_text(sampled_file, distil.to_jsonl(rows)), bar=bar, max_new_tokens=cfg.max_new_tokens)
+                models.write_text(kept_file, distil.to_jsonl(kept))
+                return {"sampled": len(rows), "kept": len(kept), "dose": sum(k["dose"] for k in kept) / len(kept),
+                        "verdicts": dict(sorted(Counter(row["verdict"] for row in rows).items()))}
+            dose = run.stage("distil", r, distill)["dose"]
+            kept = distil.read_jsonl(kept_file)
+            run.stage("steered", r, lambda: measure(f"steered r{r}", 1, base.constants, vector=vector, dose=dose))
 
-        def heal():
-            with progress(f"round {r}: heal", cfg.epochs * (len(kept) - max(1, len(kept) // 8))) as bar:
-                log = heal_round(model, tok, kept, cfg, stage_seed(cfg.seed, r, "heal"), bar, folder / f"heal_r{r}.safetensors")
-            lora.fold(model)
-            lora.save(model, folder / "adapter.safetensors")
-            (folder / f"heal_r{r}.safetensors").unlink()
-            print(f"{'heal':>8} r{r}  CE {log['held_out_before']:.2f} -> {log['held_out_after']:.2f} held out  D {log['D']:.2f}  "
-                  f"barrier active {log['active']:.0%}", flush=True)
-            return {**log, "internalised": internalisation(model, tok, contexts[:64], vector)}
-        run.stage("heal", r, heal)
-        run.stage("healed", r, lambda: measure("healed", r, base.constants))
+            def heal():
+                checkpoint = folder / f"heal_r{r}.safetensors"
+                with progress(f"heal r{r}", cfg.epochs * (len(kept) - held_out(len(kept)))) as bar:
+                    log = heal_round(model, tok, kept, cfg, stage_seed(cfg.seed, r, "heal"), bar, checkpoint)
+                torch.manual_seed(stage_seed(cfg.seed, r, "fold"))
+                lora.fold(model)
+                lora.save(model, folder / "adapter.safetensors")
+                checkpoint.unlink()
+                print(f"  heal r{r}      held-out CE {log['held_out_before']:.2f} -> {log['held_out_after']:.2f}  D {log['D']:.2f}  barrier active "
+                      f"{log['active']:.0%}  gradient ratio {log['grad_ratio']:.2f}", flush=True)
+                return {**log, "internalised": internalisation(model, tok, contexts[:64], vector)}
+            run.stage("heal", r, heal)
+            profile = Profile.from_dict(run.stage("healed", r, lambda: measure(f"healed r{r}", 1, base.constants))["profile"])
+            if profile.coherence < COHERENCE_FLOOR:
+                why = f"coherence {profile.coherence:.2f} fell below {COHERENCE_FLOOR} in round {r}"
+                break
+        if cfg.baselines:
+            run.stage("matched", cfg.rounds, lambda: matched_steering(v0, base, profile.auth_nats, run.find("distil", 0)["dose"],
+                                                                      run.find("steered", 0)["auth_nats"], measure))
+    except (distil.Starved, Diverged) as e:
+        why = str(e)
+        raise
+    finally:
+        if why:
+            run.record({"stage": "ended", "round": r, "why": why})
+        if run.find("base", -1):
+            plot.main(plot.Config(folder))
+    print(f"\n{plot.table(run.events)}\n\n{plot.verdict(run.events)}{why and chr(10) + why}\n{folder / 'report.html'}")
 
-    plot.main(plot.Config(folder))
-    print(plot.table(run.events))
+
+def matched_steering(vector: SteeringVector, base: Profile, wanted: float, dose: float, auth: float, measure) -> dict:
+    """Steering alone, no training: the original with round 0's vector at the dose that gives `wanted` auth_nats; -> its event.
+
+    One secant step from (0, base) and the known (dose, auth), then regula falsi until within 0.15 nats, at most four evaluations.
+    """
+    known = [(0.0, base.auth_nats), (dose, auth)]
+    for _ in range(4):
+        known.sort(key=lambda point: abs(point[1] - wanted))
+        (d1, a1), (d2, a2) = known[:2]
+        dose = min(max(d1 + (wanted - a1) * (d2 - d1) / (a2 - a1), 0.0), 2 * max(d for d, _ in known)) if a1 != a2 else d1
+        event = measure(f"steering alone at {dose:.2f}", 0, base.constants, vector=vector, dose=dose)
+        if abs(event["auth_nats"] - wanted) < 0.15:
+            break
+        known.append((dose, event["auth_nats"]))
+    return {**event, "dose": dose, "wanted": wanted}
 
 
 def internalisation(model, tok, contexts: list[str], vector: SteeringVector) -> float:
     """Cosine between what the student moved at the assistant tag under the neutral prompt and the teacher's vector."""
     layers = list(vector.layers)
     with lora.merged(model), lora.gates(model, live=0):
-        student = mean_residual(model, tok, distil.NEUTRAL, contexts, layers)
+        student = mean_residual(model, tok, NEUTRAL, contexts, layers)
     with lora.gates(model, history=0, live=0):
-        original = mean_residual(model, tok, distil.NEUTRAL, contexts, layers)
+        original = mean_residual(model, tok, NEUTRAL, contexts, layers)
     return SteeringVector({l: student[l] - original[l] for l in layers}).cosine(vector)
 
 

@@ -176,6 +176,12 @@ def fold(model) -> None:
         m.reset()
 
 
+def truncate(model, rounds: int) -> None:
+    """Forget all but the first `rounds` rounds of the history."""
+    for m in adapters(model).values():
+        m.history_A, m.history_B = m.history_A[:rounds * m.rank], m.history_B[:, :rounds * m.rank]
+
+
 def n_rounds(model) -> int:
     """Folded rounds so far."""
     first = next(iter(adapters(model).values()))

@@ -16,7 +16,7 @@ from tabulate import tabulate
 
 import distil
 import models
-from evaluate import Estimate, Profile, coh_cost, delta_coherence, delta_nats
+from evaluate import Estimate, Profile, coh_cost, delta_coherence, delta_nats, surgicality
 
 RED, GREEN, GREY = "#c0392b", "#1e8449", "#555555"
 COLOUR = {"base": GREY, "steered": RED, "healed": GREEN}
@@ -34,24 +34,44 @@ def measured(events: list[dict]) -> list[tuple[str, int, dict, Profile]]:
 
 
 def show(e: Estimate, digits: int = 2) -> str:
-    """`+1.20 [+0.90, +1.50]`; in brackets alone, "n.s.", where the interval holds 0."""
+    """`+1.20 [+0.90, +1.50]`, marked n.s. where the interval holds 0."""
     if e.value is None:
         return f"n/a ({e.why})"
     text = f"{e.value:+.{digits}f} [{e.low:+.{digits}f}, {e.high:+.{digits}f}]"
     return text + " n.s." if e.holds_zero else text
 
 
+def name(stage: str, round: int, event: dict) -> str:
+    return {"base": "base", "prompted": "persona prompt", "matched": f"steering alone, dose {event.get('dose', 0):.2f}"}.get(stage, f"{stage} r{round}")
+
+
 def cells(events: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """(header, rows) of the table: base, then steered and healed of each round, deltas against the base."""
+    """(header, rows) of the table: base, baselines, then steered and healed of each round, deltas against the base."""
     rows, points = [], measured(events)
     base = points[0][3]
     for stage, r, event, profile in points:
         is_base, cost = profile is base, coh_cost(base, profile)
-        rows.append([stage if r < 0 else f"{stage} r{r}", f"{profile.auth_nats:.2f}", "" if is_base else show(delta_nats("Authority", base, profile)),
+        rows.append([name(stage, r, event), f"{profile.auth_nats:.2f}", "" if is_base else show(delta_nats("Authority", base, profile)),
                      f"{profile.care_nats:.2f}", "" if is_base else show(delta_nats("Care", base, profile)), f"{profile.coherence:.4f}",
+                     "" if is_base else show(delta_coherence(base, profile), 4),
                      "" if is_base else f"n/a ({cost.why})" if cost.value is None else f"{cost.value:.4f} [{cost.low:.4f}, {cost.high:.4f}]",
                      f"{event['perplexity']:.1f}", f"{event['repetition']:.2f}"])
-    return ["stage", "auth", "Δauth (nats)", "care", "Δcare (nats)", "coherence", "coh_cost", "ppl", "rep"], rows
+    return ["stage", "auth", "Δauth (nats)", "care", "Δcare (nats)", "coherence", "Δcoherence", "coh_cost", "ppl", "rep"], rows
+
+
+def verdict(events: list[dict]) -> str:
+    """The last healed model against the base, and against steering alone at equal trait: a sentence each."""
+    points = measured(events)
+    base, healed = points[0][3], [p for p in points if p[0] == "healed"]
+    if not healed:
+        return "no round was healed"
+    _, r, event, last = healed[-1]
+    lines = [f"surgicality of healed r{r} (|Δauth| beyond |Δcare| and |Δfairness|): {show(surgicality(base, last))} nats"]
+    for _, _, alone, profile in (p for p in points if p[0] == "matched"):
+        lines.append(f"at equal trait, healed − steered alone (dose {alone['dose']:.2f}): coherence {show(delta_coherence(profile, last), 4)}, Δauth "
+                     f"{show(delta_nats('Authority', profile, last))} nats, perplexity {event['perplexity']:.1f} against {alone['perplexity']:.1f}, "
+                     f"repetition {event['repetition']:.2f} against {alone['repetition']:.2f}")
+    return "\n".join(lines)
 
 
 def table(events: list[dict], fmt: str = "simple") -> str:
@@ -80,6 +100,9 @@ def trajectory(events: list[dict]) -> Figure:
         for r, e, value in zip(x, auth, y):
             both.annotate(str(r), (e.value, value), textcoords="offset points", xytext=(4, 3), fontsize=7, color=COLOUR[stage])
     both.plot([0], [1 - base.coherence], "o", color=GREY, markersize=5, label="base")
+    for stage, marker, label in (("prompted", "^", "persona prompt"), ("matched", "x", "steering alone")):
+        for p in (p for s, _, _, p in points if s == stage):
+            both.plot([p.auth_nats - base.auth_nats], [1 - p.coherence], marker, color=GREY, markersize=5, label=label, linestyle="none")
     trait.axhline(0, color=GREY, linewidth=0.6)
     trait.set(xlabel="round", ylabel="Δ Authority (nats; down = more trait)")
     broken.set(xlabel="round", ylabel="1 − coherence", yscale="log")
@@ -127,6 +150,7 @@ against the {{ "original" if config.ref == "base" else "previous student" }}{% e
 {% if ended %}<p><strong>The loop ended early: {{ ended }}</strong></p>{% endif %}
 <div class="wide"><table><tr>{% for h in head %}<th>{{ h }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr class="{{ row[0].split()[0] }}">{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table></div>
+<p class="note" style="white-space:pre-line">{{ verdict }}</p>
 <p class="note">Δ against the base, 95 % bootstrap intervals over vignettes; n.s.: the interval holds 0. coh_cost = |Δcoherence| / |Δauth|.
 ppl and rep: perplexity under the original and repetition of greedy completions of held-out prompts.</p>
 <img alt="trait, incoherence and their map over rounds" src="data:image/png;base64,{{ png }}">
@@ -151,9 +175,9 @@ def report(events: list[dict], config: dict, png: bytes) -> str:
     cosines = {e["round"]: e["cos_v0"] for e in events if e["stage"] == "extract"}
     heal_rows = [[r, f"{distils[r]['kept']} of {distils[r]['sampled']}", f"{distils[r]['dose']:.2f}", f"{h['held_out_before']:.2f} → {h['held_out_after']:.2f}",
                   f"{h['D']:.2f}", f"{h['active']:.0%}", f"{h['grad_ratio']:.2f}", f"{cosines[r]:.2f}", f"{h['internalised']:.2f}"] for r, h in heals.items()]
-    said = [(p["prompt"], [(s if r < 0 else f"{s} r{r}", e["texts"][k]["text"]) for s, r, e, _ in points])
+    said = [(p["prompt"], [(name(s, r, e), e["texts"][k]["text"]) for s, r, e, _ in points])
             for k, p in enumerate(points[0][2]["texts"])]
-    return REPORT.render(config=config, n=len(points[0][3].ids), head=head, rows=rows, png=base64.b64encode(png).decode(), said=said, colour=COLOUR,
+    return REPORT.render(config=config, n=len(points[0][3].ids), head=head, rows=rows, verdict=verdict(events), png=base64.b64encode(png).decode(), said=said, colour=COLOUR,
                          ended=next((e["why"] for e in events if e["stage"] == "ended"), ""), heal_rows=heal_rows,
                          heal_head=["round", "kept", "mean dose", "CE (nats)", "D (nats)", "active", "gradient ratio", "cos(v, v0)", "cos(moved, v)"])
 
