@@ -83,10 +83,10 @@ def trajectory(events: list[dict]) -> Figure:
     """Trait and incoherence over rounds, and the map of one against the other; steered red, healed green, 95 % intervals."""
     points = measured(events)
     base = points[0][3]
-    fig = Figure(figsize=(7.2, 2.5), layout="constrained")
+    fig = Figure(figsize=(7.2, 2.6), layout="constrained")
     trait, broken, both = fig.subplots(1, 3)
     for stage in ("steered", "healed"):
-        seen = [(r + 1, p) for s, r, _, p in points if s == stage]
+        seen = [(r, p) for s, r, _, p in points if s == stage]
         if not seen:
             continue
         x, style = [r for r, _ in seen], dict(color=COLOUR[stage], marker="o", markersize=4, linewidth=1.4, capsize=2, label=stage)
@@ -94,8 +94,8 @@ def trajectory(events: list[dict]) -> Figure:
         def bars(estimates, sign=1):
             return [[max(0.0, e.value - e.low) for e in estimates], [max(0.0, e.high - e.value) for e in estimates]][::sign]
         y = [1 - p.coherence for _, p in seen]
-        trait.errorbar([0, *x], [0, *(e.value for e in auth)], [[0, *b] for b in bars(auth)], **style)
-        broken.errorbar([0, *x], [1 - base.coherence, *y], [[0, *b] for b in bars(coh, -1)], **style)
+        trait.errorbar([-1, *x], [0, *(e.value for e in auth)], [[0, *b] for b in bars(auth)], **style)
+        broken.errorbar([-1, *x], [1 - base.coherence, *y], [[0, *b] for b in bars(coh, -1)], **style)
         both.plot([0, *(e.value for e in auth)], [1 - base.coherence, *y], **{k: v for k, v in style.items() if k != "capsize"})
         for r, e, value in zip(x, auth, y):
             both.annotate(str(r), (e.value, value), textcoords="offset points", xytext=(4, 3), fontsize=7, color=COLOUR[stage])
@@ -108,13 +108,14 @@ def trajectory(events: list[dict]) -> Figure:
     broken.set(xlabel="round", ylabel="1 − coherence", yscale="log")
     both.set(xlabel="Δ Authority (nats)", ylabel="1 − coherence", yscale="log")
     for axis in (trait, broken):
-        axis.set_xticks(range(max(r for _, r, *_ in points) + 2))
+        axis.set_xticks(rounds := range(-1, 1 + max(r for s, r, *_ in points if s in ("base", "steered", "healed"))),
+                        ["base" if r < 0 else r for r in rounds])
     for axis, title in zip((trait, broken, both), ("trait", "incoherence", "map (numbers: rounds)")):
         axis.set_title(title, fontsize=8)
-        axis.tick_params(labelsize=7)
+        axis.tick_params(labelsize=7, which="both")
         axis.xaxis.label.set_size(7), axis.yaxis.label.set_size(7)
         axis.spines[["top", "right"]].set_visible(False)
-    both.legend(fontsize=7, frameon=False)
+    fig.legend(*both.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7, frameon=False)
     return fig
 
 
