@@ -316,14 +316,17 @@ def main(cfg: Config) -> Path:
     if not cfg.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--out {folder} is not empty; fix: another folder, or --resume {folder}")
     checked(cfg)  # before a folder appears
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock")
     try:
-        with lock.acquire(timeout=0):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock").acquire(timeout=0):
             models.write_text(folder / "config.json", json.dumps(recorded(cfg), indent=2) + "\n")
             loop(cfg, Run(folder))
     except Timeout:
         raise ValueError(f"another process is at work in {folder}; fix: wait for it, or choose another --out") from None
+    except OSError as e:
+        if (folder / "config.json").exists():
+            raise OSError(f"{e}; nothing finished is lost; fix: free space or permissions, then python heal_loop.py --resume {folder}") from None
+        raise
     except KeyboardInterrupt:
         print(f"\ninterrupted; go on with: python heal_loop.py --resume {folder}", file=sys.stderr)
         raise

@@ -215,9 +215,8 @@ def save(model, path) -> None:
     """Every round and the live adapter in one safetensors file; metadata: rank, alpha, layers, targets, base, fingerprint."""
     tensors = {f"{name}.{part}": getattr(m, part) for name, m in adapters(model).items()
                for part in ("history_A", "history_B", "A", "B")}
-    save_tensors(tensors, path, {"format": "steer-heal-loop lora", "lora": json.dumps(model.lora_config),
-                                 "base": base_name(model), "fingerprint": fingerprint(model),
-                                 "rounds": str(n_rounds(model))})
+    about = {**model.lora_config, "base": base_name(model), "fingerprint": fingerprint(model), "rounds": n_rounds(model)}
+    save_tensors(tensors, path, {"baked_lora": json.dumps(about)})  # one key: safetensors writes several in random order
 
 
 def load(model, path) -> None:
@@ -233,17 +232,18 @@ def load(model, path) -> None:
             tensors = {k: f.get_tensor(k) for k in f.keys()}
     except SafetensorError as e:
         raise ValueError(f"{path} is damaged or not safetensors ({e}); fix: use a whole copy") from None
-    if metadata.get("format") != "steer-heal-loop lora":
+    if "baked_lora" not in metadata:
         raise ValueError(f"{path} was not written by lora.save; fix: give an adapter.safetensors of a run")
-    config = json.loads(metadata["lora"])
+    about = json.loads(metadata["baked_lora"])
+    config = {key: about[key] for key in ("rank", "alpha", "layers", "targets")}
     attached_here = not hasattr(model, "lora_config")
     if attached_here:
         attach(model, config["rank"], config["alpha"], config["layers"], config["targets"])
     try:
         if model.lora_config != config:
             raise ValueError(f"{path} has {config}, the model has {model.lora_config}; fix: detach(model) first")
-        if fingerprint(model) != metadata["fingerprint"]:
-            raise ValueError(f"{path} was trained on another base ({metadata['base']}); fix: load it onto that one")
+        if fingerprint(model) != about["fingerprint"]:
+            raise ValueError(f"{path} was trained on another base ({about['base']}); fix: load it onto that one")
         for key, value in tensors.items():
             if not value.isfinite().all():
                 raise ValueError(f"{path}: {key} is not finite; fix: use an adapter from before the training broke")

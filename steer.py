@@ -107,7 +107,7 @@ class SteeringVector:
     def save(self, path) -> None:
         """safetensors, one `layer.N` tensor each; written aside and renamed."""
         tensors = {f"layer.{l}": v.cpu().contiguous() for l, v in self.layers.items()}
-        save_file(tensors, f"{path}.tmp", metadata={"format": "steer-heal-loop vector", **self.about})
+        save_file(tensors, f"{path}.tmp", metadata={"steering_vector": json.dumps(self.about)})
         os.replace(f"{path}.tmp", path)
 
     @classmethod
@@ -117,16 +117,14 @@ class SteeringVector:
             raise FileNotFoundError(f"no vector file {path}")
         try:
             with safe_open(str(path), framework="pt") as f:
-                about = f.metadata() or {}
-                layers = {int(k.removeprefix("layer.")): f.get_tensor(k) for k in f.keys()
-                          if about.get("format") == "steer-heal-loop vector"}
+                about = json.loads((f.metadata() or {}).get("steering_vector", "null"))
+                layers = {} if about is None else {int(k.removeprefix("layer.")): f.get_tensor(k) for k in f.keys()}
         except SafetensorError as e:
             raise ValueError(f"{path} is damaged or not safetensors ({e}); fix: extract the vector again") from None
         if not layers:
             raise ValueError(f"{path} was not written by SteeringVector.save; fix: give a vector_rN.safetensors of a run")
         if not all(v.isfinite().all() for v in layers.values()):
             raise ValueError(f"{path} holds values that are not finite; fix: extract the vector again")
-        about.pop("format")
         return cls(dict(sorted(layers.items())), about)
 
 
