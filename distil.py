@@ -174,10 +174,11 @@ def to_jsonl(rows: list[dict]) -> str:
     return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
 
 
-def read_jsonl(path) -> list[dict]:
-    """Rows of a JSONL file. Raises ValueError naming file and line where one is malformed."""
+def read_jsonl(path, log: bool = False) -> list[dict]:
+    """Rows of a JSONL file; of a log, a torn last line is left out. Raises ValueError naming file and line where one is malformed."""
     rows = []
-    for n, line in enumerate(Path(path).read_text().splitlines(), 1):
+    *lines, last = Path(path).read_text().split("\n")  # not splitlines: JSON strings may hold other line separators
+    for n, line in enumerate(lines if log else filter(None, [*lines, last]), 1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as e:

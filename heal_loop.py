@@ -77,8 +77,8 @@ class Config(distil.Config):
     """How many of them, balanced over the foundations; 0 is all."""
     baselines: bool = True
     """Also measure the persona as a system prompt, and steering alone at the healed model's trait."""
-    readout: Literal["cloze"] = "cloze"
-    """How the model is asked; cloze suits models below about 1B."""
+    readout: Literal["cloze", "tinymfv"] = "cloze"
+    """How the model is asked: cloze suits models below about 1B, tinymfv (requirements-tinymfv.txt) those above."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -258,7 +258,7 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder, self.file = folder, folder / "events.jsonl"
-        self.events = distil.read_jsonl(self.file) if self.file.exists() else []
+        self.events = distil.read_jsonl(self.file, log=True) if self.file.exists() else []
 
     def find(self, name: str, round: int) -> dict | None:
         return next((e for e in self.events if (e["stage"], e["round"]) == (name, round)), None)
