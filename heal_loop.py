@@ -167,8 +167,8 @@ def held_out(n_kept: int) -> int:
 @torch.no_grad()
 def held_out_loss(model, pairs) -> float:
     """Mean CE per token of the student on (prompt, completion) pairs, nats."""
-    ce = [token_losses(model, completion_states(model, [p], [c]), torch.tensor(c, device=model.device), None, "nll")[0] for p, c in pairs]
-    return torch.cat(ce).mean().item()
+    targets = torch.tensor([t for _, c in pairs for t in c], device=model.device)
+    return token_losses(model, completion_states(model, *zip(*pairs)), targets, None, "nll")[0].mean().item()
 
 
 class Diverged(ValueError):
@@ -206,8 +206,12 @@ def heal_round(model, tok, kept: list[dict], cfg, seed: int, bar=None, checkpoin
     n_held = held_out(len(pairs))
     held, train = pairs[:n_held], sorted(pairs[n_held:], key=lambda pc: len(pc[0]) + len(pc[1]))  # like lengths share a batch
     batches = [range(i, min(i + cfg.batch_size, len(train))) for i in range(0, len(train), cfg.batch_size)]
-    with torch.no_grad(), lora.merged(model), lora.gates(model, history=float(cfg.ref == "prev"), live=0):
-        references = [completion_states(model, [p], [c]) for p, c in train] if cfg.reg.startswith("kl") else [None] * len(train)
+    references = [None] * len(train)
+    if cfg.reg.startswith("kl"):
+        with torch.no_grad(), lora.merged(model), lora.gates(model, history=float(cfg.ref == "prev"), live=0):
+            for rows in batches:
+                states = completion_states(model, *zip(*(train[i] for i in rows)))
+                references[rows.start:rows.stop] = states.split([len(train[i][1]) for i in rows])
 
     torch.manual_seed(seed)
     for module in lora.adapters(model).values():
@@ -225,7 +229,7 @@ def heal_round(model, tok, kept: list[dict], cfg, seed: int, bar=None, checkpoin
             order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed + epoch))
             for b in order.tolist():
                 rows = batches[b]
-                stats = heal_step(model, [train[i][0] for i in rows], [train[i][1] for i in rows], [references[i] for i in rows], cfg)
+                stats = heal_step(model, *zip(*(train[i] for i in rows)), references[rows.start:rows.stop], cfg)
                 stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
                 if not math.isfinite(stats["data_loss"] + stats["barrier"] + stats["grad_norm"]):
                     raise Diverged(f"loss or gradient not finite at step {len(log) + 1} of {steps}: data {stats['data_loss']}, barrier "
