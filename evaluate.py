@@ -8,14 +8,17 @@
 Readout `cloze`, for models too small for multiple choice: the log-probability of one short clause per foundation after
 "This is wrong because", minus the clause's mean over the vignettes under the original (contextual calibration, Zhao et al.
 2021, arXiv 2102.09690; likelihood rather than letters for small models: OLMES, Gu et al. 2024, arXiv 2406.08446), softmax.
+Readout `tinymfv`, for models of about 1B and up: multiple choice, asked by the package of that name (requirements-tinymfv.txt).
 
     python evaluate.py                                   # the embedded model
     python evaluate.py --adapter runs/X/adapter.safetensors --vector runs/X/vector_r0.safetensors --dose 4
 """
+import importlib.util
+import io
 import json
 import math
 import warnings
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -174,15 +177,19 @@ def short(foundation: str) -> str:
 def load_vignettes(path, n: int = 0) -> list[dict]:
     """[{id, foundation, text}], the first n taken in turn from each foundation (0: all), so that any n is balanced.
 
+    path: a JSON file, or a set of the package tinymfv: tinymfv:classic (Clifford et al. 2015), tinymfv:scifi, tinymfv:ai-actor.
     Raises FileNotFoundError, or ValueError naming the file and the entry that is malformed.
     """
     path = Path(path)
-    if not path.exists():
+    if path.name.startswith("tinymfv:"):
+        found = tinymfv_vignettes(path.name.removeprefix("tinymfv:"))
+    elif not path.exists():
         raise FileNotFoundError(f"no vignette file {path}; fix: --vignettes data/vignettes.json")
-    try:
-        found = json.loads(path.read_text())["vignettes"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is malformed ({e}); fix: {{\"vignettes\": [{{\"id\", \"foundation\", \"text\"}}, ...]}}") from None
+    else:
+        try:
+            found = json.loads(path.read_text())["vignettes"]
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as e:
+            raise ValueError(f"{path} is malformed ({e}); fix: {{\"vignettes\": [{{\"id\", \"foundation\", \"text\"}}, ...]}}") from None
     seen = set()
     for k, v in enumerate(found):
         if not isinstance(v, dict) or not all(isinstance(v.get(key), str) and v[key].strip() for key in ("id", "foundation", "text")):
@@ -279,7 +286,74 @@ def cloze(model, tok, vignettes, constants=None, system: str = NEUTRAL, vector: 
     return Profile([v["id"] for v in vignettes], [v["foundation"] for v in vignettes], p / p.sum(1, keepdims=True), mass, constants)
 
 
-READOUTS = {"cloze": cloze}
+def tinymfv_package():
+    """The module tinymfv, or moralmaps as it is called since July 2026. Raises ValueError where neither is installed."""
+    for name in ("tinymfv", "moralmaps"):
+        if importlib.util.find_spec(name):
+            return importlib.import_module(name)
+    raise ValueError("'tinymfv' is not installed; fix: pip install -r requirements-tinymfv.txt, or --readout cloze on data/vignettes.json")
+
+
+def tinymfv_vignettes(name: str) -> list[dict]:
+    """A vignette set of the package as [{id, foundation, text}]; the label is the one most of its human raters chose."""
+    package = tinymfv_package()
+    if name not in package.CONFIGS:
+        raise ValueError(f"--vignettes tinymfv:{name} is unknown; fix: one of {', '.join(f'tinymfv:{c}' for c in package.CONFIGS)}")
+    return [{"id": row["id"], "foundation": max(FOUNDATIONS, key=lambda f: row[f"human_{f}"]), "text": row["other_violate"]}
+            for row in package.load_vignettes(name)]
+
+
+@contextmanager
+def steered_after_prompt(model, vector: SteeringVector, dose: float):
+    """`vector.at` for code that runs prompt and answer itself: the pass that meets an empty cache, the prompt, stays unsteered."""
+    with ExitStack() as steering:
+        def switch(decoder, args, kwargs):
+            steering.close()
+            if kwargs["past_key_values"] is not None and kwargs["past_key_values"].get_seq_length():
+                steering.enter_context(vector.at(model, dose))
+        hook = model.get_decoder().register_forward_pre_hook(switch, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def tinymfv(model, tok, vignettes, constants=None, system: str = NEUTRAL, vector: SteeringVector | None = None, dose: float = 0.0,
+            batch_size: int = 8, max_think_tokens: int = 64, bar=None) -> Profile:
+    """The package's readout: a forced choice among seven options in both orders, each after `max_think_tokens` of thinking.
+
+    github.com/wassname/tinymfv. It has no system turn: a `system` that is not neutral goes in front of the vignette.
+    `constants` are not used. Raises ValueError where the package is missing or a vignette's logits are not finite.
+    """
+    package = tinymfv_package()
+    from loguru import logger  # comes with the package, which logs at every call
+    rows = [{"id": v["id"], "foundation_coarse": v["foundation"],
+             "other_violate": v["text"] if system == NEUTRAL else f"{system}\n\n{v['text']}",
+             **{f"human_{f}": 100.0 * (f == v["foundation"]) for f in FOUNDATIONS}} for v in vignettes]
+    p, mass, side = [], [], tok.padding_side
+    logger.disable(package.__name__)
+    try:
+        with steered_after_prompt(model, vector, dose) if vector is not None else nullcontext():
+            for start in range(0, len(rows), batch_size):
+                with redirect_stderr(io.StringIO()):  # its own progress bar
+                    answer = package.evaluate(model, tok, vignettes=rows[start:start + batch_size], max_think_tokens=max_think_tokens,
+                                              batch_size=batch_size, return_per_row=True, verbose=0)
+                columns = [list(answer["profile"]["foundation"]).index(f) for f in FOUNDATIONS]
+                p += [row["p"][columns] for row in answer["per_row"]]
+                mass += [row["pmass_allowed"] for row in answer["per_row"]]
+                if bar is not None:
+                    bar.update(len(answer["per_row"]))
+    finally:
+        tok.padding_side = side
+        logger.enable(package.__name__)
+    for v, row, m in zip(vignettes, p, mass):
+        if not np.isfinite([*row, m]).all():
+            raise ValueError(f"readout tinymfv cannot score vignette '{v['id']}': the model's logits are not finite; "
+                             "fix: a lower --dose, or --dtype float32")
+    return Profile([v["id"] for v in vignettes], [v["foundation"] for v in vignettes], np.array(p), np.array(mass))
+
+
+READOUTS = {"cloze": cloze, "tinymfv": tinymfv}
 
 
 def evaluate(model, tok, vignettes: list[dict], readout: str = "cloze", **how) -> Profile:
@@ -308,11 +382,11 @@ class Config:
     dose: float = 1.0
     """Dose of --vector."""
     vignettes: Path = models.DATA / "vignettes.json"
-    """JSON: {"vignettes": [{"id", "foundation", "text"}, ...]}."""
+    """JSON: {"vignettes": [{"id", "foundation", "text"}, ...]}, or tinymfv:classic."""
     n_vignettes: int = 0
     """How many, balanced over the foundations; 0 is all."""
-    readout: Literal["cloze"] = "cloze"
-    """How the model is asked; cloze suits models below about 1B."""
+    readout: Literal["cloze", "tinymfv"] = "cloze"
+    """How the model is asked: cloze suits models below about 1B, tinymfv (requirements-tinymfv.txt) those above."""
 
 
 def main(cfg: Config) -> None:
