@@ -287,3 +287,16 @@ def test_model_text_is_escaped_in_the_report(tmp_path):
     plot.main(plot.Config(tmp_path))
     page = (tmp_path / "report.html").read_text()
     assert "<script>" not in page and "&lt;script&gt;alert(1)" in page and "<img src=x>" not in page
+
+
+@pytest.mark.parametrize("command, says", [
+    ("steer.py --trait care --dose 0 2 4 --prompt Help? --n-contexts 4 --max-new-tokens 8", ["--- dose 0", "--- dose 2", "--- dose 4", "perplexity"]),
+    ("distil.py --n-keep 2 --max-new-tokens 24 --n-contexts 4 --out {tmp}/kept.jsonl", ["kept 2 of"]),
+    ("evaluate.py --n-vignettes 7", ["auth_nats", "coherence", "top1"])])
+def test_each_command_works_alone(command, says, tmp_path):
+    done = python(*command.format(tmp=tmp_path).split())
+    assert done.returncode == 0, done.stderr
+    assert all(s in done.stdout for s in says), done.stdout
+    if "distil" in command:
+        rows = distil.read_jsonl(tmp_path / "kept.jsonl")
+        assert len(rows) == 2 and set(rows[0]) == {"messages", "dose", "finished", "perplexity", "repetition", "verdict", "band"}
