@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 import lora
 import models
-from steer import NEUTRAL, Persona, SteeringVector, band, chat_ids, extract_vector, load_personas, perplexity, repetition, sample, score
+from steer import (NEUTRAL, Persona, SteeringVector, band, chat_ids, check_flags, extract_vector, load_personas, perplexity, repetition, sample,
+                   score, steering_flags)
 
 REFUSAL = re.compile(
     r"\bas an? (ai|artificial|language model|virtual|digital)\b|\b(i'?m|i am) (just |only )?an? (ai|artificial|language model|virtual assistant|chatbot)\b"
@@ -52,9 +53,10 @@ class Filter:
     """Largest perplexity of the last quarter under the original."""
 
     def __post_init__(self):
-        if self.min_words < 0 or not 0 < self.max_repetition <= 1 or not 0 <= self.min_diversity <= 1 or self.max_perplexity <= 1:
-            raise ValueError("filter out of range: --min-words >= 0, 0 < --max-repetition <= 1, 0 <= --min-diversity <= 1, "
-                             f"--max-perplexity > 1; given {self}")
+        check_flags(("min-words", self.min_words, self.min_words >= 0, "0 or more"),
+                    ("max-repetition", self.max_repetition, 0 < self.max_repetition <= 1, "above 0, at most 1"),
+                    ("min-diversity", self.min_diversity, 0 <= self.min_diversity <= 1, "0 to 1"),
+                    ("max-perplexity", self.max_perplexity, self.max_perplexity > 1, "above 1"))
 
 
 def diversity(text: str, window: int = 16) -> float:
@@ -241,6 +243,10 @@ class Config(Filter):
     """Of the sampling."""
     out: Path = Path("kept.jsonl")
     """Where the kept data goes; everything sampled, with verdicts, goes beside it as *.sampled.jsonl."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_flags(*steering_flags(self, "doses"), ("n-keep", self.n_keep, self.n_keep >= 1, "at least 1"))
 
 
 def main(cfg: Config) -> None:

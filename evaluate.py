@@ -187,13 +187,14 @@ def load_vignettes(path, n: int = 0) -> list[dict]:
         raise FileNotFoundError(f"no vignette file {path}; fix: --vignettes data/vignettes.json")
     else:
         try:
-            found = json.loads(path.read_text())["vignettes"]
+            if not isinstance(found := json.loads(path.read_text())["vignettes"], list):
+                raise TypeError("'vignettes' is not a list")
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as e:
             raise ValueError(f"{path} is malformed ({e}); fix: {{\"vignettes\": [{{\"id\", \"foundation\", \"text\"}}, ...]}}") from None
     seen = set()
     for k, v in enumerate(found):
         if not isinstance(v, dict) or not all(isinstance(v.get(key), str) and v[key].strip() for key in ("id", "foundation", "text")):
-            raise ValueError(f"{path}: vignette {k + 1} needs non-empty id, foundation and text, has {str(v)[:80]}")
+            raise ValueError(f"{path}: vignette {k + 1} is {str(v)[:80]}; fix: give it a non-empty id, foundation and text")
         if v["foundation"] not in FOUNDATIONS:
             raise ValueError(f"{path}: vignette '{v['id']}' has unknown foundation '{v['foundation']}'; fix: one of {', '.join(FOUNDATIONS)}")
         if v["id"] in seen:
@@ -309,7 +310,7 @@ def steered_after_prompt(model, vector: SteeringVector, dose: float):
     with ExitStack() as steering:
         def switch(decoder, args, kwargs):
             steering.close()
-            if kwargs["past_key_values"] is not None and kwargs["past_key_values"].get_seq_length():
+            if (cache := kwargs.get("past_key_values")) is not None and cache.get_seq_length():
                 steering.enter_context(vector.at(model, dose))
         hook = model.get_decoder().register_forward_pre_hook(switch, with_kwargs=True)
         try:

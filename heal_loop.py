@@ -36,7 +36,7 @@ import lora
 import models
 import plot
 from evaluate import COHERENCE_FLOOR, Profile, evaluate, load_vignettes, speak
-from steer import NEUTRAL, SteeringVector, band, completion_states, extract_vector, logits, mean_residual
+from steer import NEUTRAL, SteeringVector, band, check_flags, completion_states, extract_vector, logits, mean_residual
 
 
 @dataclass
@@ -82,13 +82,16 @@ class Config(distil.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, value, good in [("rounds", self.rounds, self.rounds >= 1), ("rank", self.rank, self.rank >= 1),
-                                  ("alpha", self.alpha, self.alpha > 0), ("lam", self.lam, self.lam >= 0),
-                                  ("tau", self.tau, self.tau >= 0), ("lr", self.lr, 0 < self.lr < 1),
-                                  ("epochs", self.epochs, self.epochs >= 1), ("batch-size", self.batch_size, self.batch_size >= 1),
-                                  ("weight-decay", self.weight_decay, 0 <= self.weight_decay * self.lr < 1)]:
-            if not (good and math.isfinite(value)):
-                raise ValueError(f"--{name} {value} is out of range; fix: see python heal_loop.py --help")
+        first, last = self.lora_layers
+        at_least_1, not_negative = "at least 1", "a number from 0 up"
+        check_flags(("rounds", self.rounds, self.rounds >= 1, at_least_1), ("rank", self.rank, self.rank >= 1, at_least_1),
+                    ("alpha", self.alpha, 0 < self.alpha < math.inf, "a number above 0"),
+                    ("lora-layers", self.lora_layers, 0 <= first < last <= 1, "fractions of the depth, 0 <= from < to <= 1, such as 0.2 0.8"),
+                    ("lam", self.lam, 0 <= self.lam < math.inf, not_negative), ("tau", self.tau, 0 <= self.tau < math.inf, not_negative),
+                    ("lr", self.lr, 0 < self.lr < 1, "between 0 and 1, such as 3e-4"),
+                    ("weight-decay", self.weight_decay, 0 <= self.weight_decay * self.lr < 1, "0 up to 1 / lr"),
+                    ("epochs", self.epochs, self.epochs >= 1, at_least_1), ("batch-size", self.batch_size, self.batch_size >= 1, at_least_1),
+                    ("n-keep", self.n_keep, self.n_keep >= 2, "at least 2, one of which is held out"))
 
 
 # ---- the barrier ------------------------------------------------------------------------------------------------------
@@ -431,7 +434,7 @@ def loop(cfg: Config, run: Run) -> None:
         if why:
             run.record({"stage": "ended", "round": r, "why": why})
         if run.find("base", -1):
-            plot.main(plot.Config(folder))
+            plot.draw(folder)
     print(f"\n{plot.table(run.events)}\n\n{plot.verdict(run.events)}{why and chr(10) + why}\n{folder / 'report.html'}")
 
 

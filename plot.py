@@ -183,18 +183,25 @@ def report(events: list[dict], config: dict, png: bytes) -> str:
                          heal_head=["round", "kept", "mean dose", "CE (nats)", "D (nats)", "active", "gradient ratio", "cos(v, v0)", "cos(moved, v)"])
 
 
-def main(cfg: Config) -> None:
-    events_file, config_file = cfg.run / "events.jsonl", cfg.run / "config.json"
+def draw(run: Path) -> list[dict]:
+    """Write the run's pictures and report; -> its events. Raises FileNotFoundError or ValueError for what is not a run."""
+    events_file, config_file = run / "events.jsonl", run / "config.json"
     if not events_file.exists() or not config_file.exists():
-        raise FileNotFoundError(f"{cfg.run} is not a run folder (no events.jsonl or config.json); fix: give the --out of heal_loop.py")
-    events = distil.read_jsonl(events_file)
+        raise FileNotFoundError(f"{run} is not a run folder (no events.jsonl or config.json); fix: give the --out of heal_loop.py")
+    events = distil.read_jsonl(events_file, log=True)
     if not measured(events):
         raise ValueError(f"{events_file} holds no evaluation yet; fix: let the run get past its base evaluation")
     png = io.BytesIO()
     trajectory(events).savefig(png, format="png", dpi=200, metadata={"Software": None})
-    models.write_bytes(cfg.run / "trajectory.png", png.getvalue())
-    models.write_bytes(cfg.run / "map.html", care_map(events).to_html(include_plotlyjs=True, div_id="map").encode())
-    models.write_bytes(cfg.run / "report.html", report(events, json.loads(config_file.read_text()), png.getvalue()).encode())
+    models.write_bytes(run / "trajectory.png", png.getvalue())
+    models.write_bytes(run / "map.html", care_map(events).to_html(include_plotlyjs=True, div_id="map").encode())
+    models.write_bytes(run / "report.html", report(events, json.loads(config_file.read_text()), png.getvalue()).encode())
+    return events
+
+
+def main(cfg: Config) -> None:
+    events = draw(cfg.run)
+    print(f"{table(events)}\n\n{verdict(events)}")
 
 
 if __name__ == "__main__":

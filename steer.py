@@ -8,6 +8,7 @@ h_l is the residual stream after decoder block l at the assistant tag, the last 
 arXiv 2312.06681). v is left unnormalised, so dose 1 is the distance between the two personas.
 
     python steer.py --trait care --dose 0 2 4 --prompt "My boss told me to ignore a crying customer. What now?"
+    python steer.py export runs/X --to gguf --out care.gguf          # a control vector for llama.cpp
 """
 import contextlib
 import json
@@ -64,7 +65,7 @@ def left_pad(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, tor
 def band(model, layers: tuple[float, float]) -> list[int]:
     """Block indices of a depth range given as fractions; at least one. Raises ValueError for a reversed or foreign range."""
     if not 0 <= layers[0] < layers[1] <= 1:
-        raise ValueError(f"layers {layers[0]} {layers[1]} must be fractions of the depth, 0 <= from < to <= 1")
+        raise ValueError(f"layers {layers[0]} {layers[1]} must be fractions of the depth, 0 <= from < to <= 1; fix: such as 0.45 0.55")
     depth = len(model.get_decoder().layers)
     first = min(int(layers[0] * depth), depth - 1)
     return list(range(first, max(first + 1, int(layers[1] * depth + 0.5))))
@@ -105,16 +106,19 @@ class SteeringVector:
         return torch.cosine_similarity(a, b, dim=0).item()
 
     def save(self, path) -> None:
-        """safetensors, one `layer.N` tensor each; written aside and renamed."""
+        """safetensors, one `layer.N` tensor each; written aside and renamed. Raises OSError where it cannot be written."""
         tensors = {f"layer.{l}": v.cpu().contiguous() for l, v in self.layers.items()}
-        save_file(tensors, f"{path}.tmp", metadata={"steering_vector": json.dumps(self.about)})
+        try:
+            save_file(tensors, f"{path}.tmp", metadata={"steering_vector": json.dumps(self.about)})
+        except SafetensorError as e:
+            raise OSError(f"cannot write {path} ({e}); fix: a folder that can be written, on a disk with room") from None
         os.replace(f"{path}.tmp", path)
 
     @classmethod
     def load(cls, path) -> "SteeringVector":
         """Raises FileNotFoundError, or ValueError for a damaged, foreign or not finite file."""
         if not Path(path).exists():
-            raise FileNotFoundError(f"no vector file {path}")
+            raise FileNotFoundError(f"no vector file {path}; fix: give a vector_rN.safetensors of a run")
         try:
             with safe_open(str(path), framework="pt") as f:
                 about = json.loads((f.metadata() or {}).get("steering_vector", "null"))
@@ -126,6 +130,36 @@ class SteeringVector:
         if not all(v.isfinite().all() for v in layers.values()):
             raise ValueError(f"{path} holds values that are not finite; fix: extract the vector again")
         return cls(dict(sorted(layers.items())), about)
+
+    def export_gguf(self, path) -> None:
+        """A llama.cpp control vector: `llama-cli -m BASE.gguf --control-vector-scaled PATH:DOSE`. Written aside and renamed.
+
+        `direction.N` is added after block N, counted from 0 as here, with no shift: llama.cpp's graphs call build_cvec(cur, il) on
+        the sum that leaves block il, and repeng's export_gguf numbers it so too. Its loader has no place for N = 0.
+        llama.cpp steers every position, the prompt included; `at` in `sample` acts from the assistant tag on.
+        Raises ValueError for a vector of block 0.
+        """
+        import gguf
+        if 0 in self.layers:
+            raise ValueError(f"a control vector cannot steer block 0, this vector has blocks {list(self.layers)}; fix: steer from a later block")
+        writer = gguf.GGUFWriter(f"{path}.tmp", "controlvector")  # general.architecture
+        writer.add_string("controlvector.model_hint", self.about.get("model_type", "unknown"))
+        writer.add_uint32("controlvector.layer_count", len(self.layers))
+        for l, v in self.layers.items():
+            writer.add_tensor(f"direction.{l}", v.float().cpu().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.replace(f"{path}.tmp", path)
+
+
+def check_room(model, longest: int, new: int = 0) -> None:
+    """Raises ValueError where a prompt of `longest` tokens and `new` ones do not fit the model's context."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if room and longest + new > room:
+        raise ValueError(f"a prompt of {longest} tokens and {new} new ones exceed the model's context of {room}; "
+                         "fix: a shorter prompt or fewer new tokens")
 
 
 class _Stop(Exception):
@@ -148,6 +182,7 @@ def mean_residual(model, tok, system: str, contexts: list[str], layers: list[int
                 raise _Stop
         return hook
     rows = sorted((chat_ids(tok, c, system) for c in contexts), key=len)
+    check_room(model, len(rows[-1]))
     hooks = [blocks[l].register_forward_hook(read(l)) for l in layers]
     try:
         for i in range(0, len(rows), batch_size):
@@ -175,7 +210,7 @@ def extract_vector(model, tok, persona: Persona, contexts: list[str], layers: li
         raise ValueError(f"persona needs two different texts, has '{persona.pos}' and '{persona.neg}'; fix: --pos and --neg")
     pos, neg = (mean_residual(model, tok, system, contexts, layers, batch_size, bar)
                 for system in (persona.pos, persona.neg))
-    return SteeringVector({l: pos[l] - neg[l] for l in layers}, {"pos": persona.pos, "neg": persona.neg})
+    return SteeringVector({l: pos[l] - neg[l] for l in layers}, {"pos": persona.pos, "neg": persona.neg, "model_type": model.config.model_type})
 
 
 class RoomyLayer(DynamicLayer):
@@ -240,11 +275,7 @@ def sample(model, tok, prompts: list[list[int]], vector: SteeringVector | None =
     batch. Row i draws from its own stream (seed, i): its tokens do not depend on batch_size.
     Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context.
     """
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(map(len, prompts), default=0)
-    if room and longest + max_new_tokens > room:
-        raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of {room}; "
-                         "fix: a shorter prompt or fewer new tokens")
+    check_room(model, max(map(len, prompts), default=0), max_new_tokens)
     decoder, device, pad = model.get_decoder(), model.device, tok.pad_token_id
     stop = model.generation_config.eos_token_id
     stop = torch.tensor([stop] if isinstance(stop, int) else list(stop or [tok.eos_token_id]), device=device)
@@ -346,6 +377,24 @@ def load_personas(path="data/personas.json") -> dict[str, Persona]:
         raise ValueError(f"{path.name} is malformed ({e}); fix: {{\"personas\": {{name: {{\"pos\": ..., \"neg\": ...}}}}}}") from None
 
 
+def check_flags(*flags) -> None:
+    """flags: (name, value, whether it is good, what would be). Raises ValueError naming the first that is not."""
+    for name, value, good, rule in flags:
+        if not good:
+            shown = " ".join(map(str, value)) or "''" if isinstance(value, tuple) else value
+            raise ValueError(f"--{name} {shown} is out of range; fix: {rule}")
+
+
+def steering_flags(cfg, doses: str) -> list:
+    """The settings every command that steers shares, for `check_flags`. doses: the name of the field that holds them."""
+    values, (first, last) = getattr(cfg, doses), cfg.steer_layers
+    return [(doses, values, values and all(map(math.isfinite, values)), "one finite number or more"),
+            ("steer-layers", cfg.steer_layers, 0 <= first < last <= 1, "fractions of the depth, 0 <= from < to <= 1, such as 0.45 0.55"),
+            ("n-contexts", cfg.n_contexts, cfg.n_contexts >= 1, "at least 1"),
+            ("max-new-tokens", cfg.max_new_tokens, cfg.max_new_tokens >= 1, "at least 1"),
+            ("seed", cfg.seed, 0 <= cfg.seed < 2**32, "0 to 4294967295")]
+
+
 @dataclass
 class Config:
     prompt: str
@@ -375,6 +424,9 @@ class Config:
     seed: int = 0
     """Of the sampling; every dose draws the same numbers."""
 
+    def __post_init__(self):
+        check_flags(*steering_flags(self, "dose"), ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 (greedy) or more"))
+
 
 def main(cfg: Config) -> None:
     import distil  # only the command needs the rest of the project
@@ -392,6 +444,34 @@ def main(cfg: Config) -> None:
         print(f"\n--- dose {dose:g}   perplexity under the original {ppl:.1f}   repetition {repetition(text):.2f}\n{text}")
 
 
+@dataclass
+class Export:
+    command: Literal["export"]
+    """Write the steering vector of a run in a format that other tools read."""
+    run: Path
+    """Run folder of heal_loop.py."""
+    to: Literal["gguf"] = "gguf"
+    """gguf: a control vector for llama.cpp."""
+    out: Path = Path("vector.gguf")
+    """New file."""
+    round: int = 0
+    """Whose vector: 0 is the original's, N that of the student after N rounds."""
+
+
+def export(cfg: Export) -> None:
+    if cfg.out.exists():
+        raise ValueError(f"--out {cfg.out} exists; fix: another name, or delete it")
+    file = cfg.run / f"vector_r{cfg.round}.safetensors"
+    if not file.exists():
+        found = sorted(int(f.stem.removeprefix("vector_r")) for f in cfg.run.glob("vector_r*.safetensors"))
+        raise FileNotFoundError(f"no vector file {file}; fix: " + (f"--round {' or '.join(map(str, found))}" if found else "a run folder of heal_loop.py"))
+    vector = SteeringVector.load(file)
+    vector.export_gguf(cfg.out)
+    print(f"{file}, blocks {', '.join(map(str, vector.layers))} -> {cfg.out}")
+
+
 if __name__ == "__main__":
+    import sys
+
     from models import cli
-    cli(Config, main)
+    cli(Export, export, positional=True) if sys.argv[1:2] == ["export"] else cli(Config, main)

@@ -59,7 +59,7 @@ def tiny_folder(tmp_path_factory):
 
 def flags(folder):
     return ["--model", str(folder), *("--rounds 1 --n-keep 6 --max-new-tokens 12 --n-vignettes 14 --epochs 2 --batch-size 2 --n-contexts 4 "
-            "--max-perplexity 1e9 --min-diversity 0 --max-repetition 1 --dtype float32").split()]
+            "--max-perplexity 1e9 --min-diversity 0 --max-repetition 1 --dtype float32 --no-baselines").split()]
 
 
 # One process that has imported everything forks a child per attempt; one thread, since a forked OpenMP pool is dead.
