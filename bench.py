@@ -12,7 +12,9 @@ prompt. Needs PEFT: pip install --no-deps -r requirements-bench.txt
 """
 import copy
 import json
+import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -388,8 +390,9 @@ def heal_memory(vocab: int, full_logits: bool, device: str, rows: int = 8, promp
     def peak():
         if device.startswith("cuda"):
             return torch.cuda.max_memory_allocated()
-        import resource  # not on Windows
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    if device == "cpu":  # Linux: forget the peak so far, which a child inherits from its parent
+        Path("/proc/self/clear_refs").write_text("5")
     loaded = peak()
     if full_logits:
         ce, barrier = full_logits_loss(model, lambda: lora.gates(model, history=0, live=0), prompts, completions, cfg)
@@ -405,7 +408,8 @@ def memory_table(device: str) -> str:
     """`heal_memory` in fresh processes, vocabularies of SmolLM2 and Gemma 3."""
     def measured(vocab, full_logits):
         code = f"import bench; print(bench.heal_memory({vocab}, {full_logits}, '{device}'))"
-        child = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+        env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}  # glibc gives freed tensors back: what is live counts, not its free lists
+        child = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, env=env)
         return None if child.returncode else int(child.stdout.split()[-1]) / 2**20
     rows = []
     for vocab in tqdm((49_152, 262_144), desc="memory", leave=False):
