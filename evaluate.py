@@ -33,7 +33,7 @@ from transformers.cache_utils import Cache
 
 import lora
 import models
-from steer import NEUTRAL, RoomyLayer, SteeringVector, chat_ids, left_pad, logits, repetition, sample, score
+from steer import NEUTRAL, RoomyLayer, SteeringVector, chat_ids, check_flags, check_room, left_pad, logits, repetition, sample, score
 
 FOUNDATIONS = ("Care", "Fairness", "Loyalty", "Authority", "Sanctity", "Liberty", "SocialNorms")
 CLAUSES = {"Care": " it is cruel and hurts someone", "Fairness": " it is unfair and dishonest",
@@ -212,8 +212,10 @@ def load_vignettes(path, n: int = 0) -> list[dict]:
     return [v for _, v in sorted(zip(order, found), key=lambda pair: pair[0])][:n or None]
 
 
-def _answers(model, tok, question: str, opening: str, vignettes, system, vector, dose, batch_size, read):
+def _answers(model, tok, question: str, opening: str, vignettes, system, vector, dose, batch_size, read, longest: int = 0):
     """Run `question` over the vignettes and call read(hidden, cache, mask, positions) per batch; -> outputs in vignette order.
+
+    longest: how many tokens `read` runs after `opening`.
 
     The prompt before the vignette is the same for all and runs once. The vector acts from the assistant tag on, as in
     `steer.sample`: the last token of the generation prompt and `opening`, the start of the answer.
@@ -223,6 +225,7 @@ def _answers(model, tok, question: str, opening: str, vignettes, system, vector,
     head, tail = (tok(part, add_special_tokens=False).input_ids for part in prompt.split(slot))
     opening_ids = [tail[-1]] + tok(opening, add_special_tokens=False).input_ids
     texts = [tok(v["text"], add_special_tokens=False).input_ids + tail[:-1] for v in vignettes]
+    check_room(model, len(head) + max(map(len, texts)) + len(opening_ids), longest)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     decoder, device, out = model.get_decoder(), model.device, [None] * len(texts)
     for start in range(0, len(order), batch_size):
@@ -278,7 +281,7 @@ def cloze(model, tok, vignettes, constants=None, system: str = NEUTRAL, vector: 
         return logits(model, h).float().softmax(-1)[:, letters].sum(-1)
 
     raw = _answers(model, tok, "{} Why is this wrong?", "This is wrong because", vignettes, system, vector, dose,
-                   batch_size, clause_logp)
+                   batch_size, clause_logp, longest)
     mass = _answers(model, tok, OPTIONS + "\n{} Why is this wrong?", "Answer: (", vignettes, system, vector, dose,
                     4 * batch_size, letter_mass)
     constants = raw.mean(0) if constants is None else constants
@@ -388,6 +391,9 @@ class Config:
     """How many, balanced over the foundations; 0 is all."""
     readout: Literal["cloze", "tinymfv"] = "cloze"
     """How the model is asked: cloze suits models below about 1B, tinymfv (requirements-tinymfv.txt) those above."""
+
+    def __post_init__(self):
+        check_flags(("dose", self.dose, math.isfinite(self.dose), "a finite number"))
 
 
 def main(cfg: Config) -> None:

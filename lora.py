@@ -71,14 +71,13 @@ class BakedLoRA(nn.Module):
         else:
             y = self.base(x)
             if self.c_history and len(self.history_A):
-                y = y + self.c_history * self.scale * self._low_rank(x, self.history_A, self.history_B)
+                y = y + self._low_rank(x, self.history_A, self.history_B, self.c_history)
         if self.c_live:
-            y = y + self.c_live * self.scale * self._low_rank(x, self.A, self.B)
+            y = y + self._low_rank(x, self.A, self.B, self.c_live)
         return y
 
-    @staticmethod
-    def _low_rank(x, A, B):
-        return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
+    def _low_rank(self, x, A, B, dose):
+        return F.linear(dose * self.scale * F.linear(x, A.to(x.dtype)), B.to(x.dtype))
 
     @torch.no_grad()
     def history_delta(self) -> torch.Tensor:
@@ -243,16 +242,25 @@ def load(model, path) -> None:
         raise ValueError(f"{path} is damaged or not safetensors ({e}); fix: use a whole copy") from None
     if "baked_lora" not in metadata:
         raise ValueError(f"{path} was not written by lora.save; fix: give an adapter.safetensors of a run")
-    about = json.loads(metadata["baked_lora"])
-    config = {key: about[key] for key in ("rank", "alpha", "layers", "targets")}
+    try:
+        about = json.loads(metadata["baked_lora"])
+        config = {key: about[key] for key in ("rank", "alpha", "layers", "targets")}
+        rounds, base, whose = (about[key] for key in ("rounds", "base", "fingerprint"))
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} was not written by lora.save ({e}); fix: give an adapter.safetensors of a run") from None
     attached_here = not hasattr(model, "lora_config")
     if attached_here:
         attach(model, config["rank"], config["alpha"], config["layers"], config["targets"])
     try:
         if model.lora_config != config:
             raise ValueError(f"{path} has {config}, the model has {model.lora_config}; fix: detach(model) first, or attach with the file's settings")
-        if fingerprint(model) != about["fingerprint"]:
-            raise ValueError(f"{path} was trained on another base ({about['base']}); fix: load it onto that one")
+        if fingerprint(model) != whose:
+            raise ValueError(f"{path} was trained on another base ({base}); fix: load it onto that one")
+        for name, m in adapters(model).items():
+            (d_out, d_in), n = m.weight.shape, rounds * m.rank
+            for part, shape in (("history_A", (n, d_in)), ("history_B", (d_out, n)), ("A", (m.rank, d_in)), ("B", (d_out, m.rank))):
+                if f"{name}.{part}" not in tensors or tensors[f"{name}.{part}"].shape != shape:
+                    raise ValueError(f"{path}: {name}.{part} is missing or of another shape than {shape}; fix: use a whole copy")
         for key, value in tensors.items():
             if not value.isfinite().all():
                 raise ValueError(f"{path}: {key} is not finite; fix: use an adapter from before the training broke")

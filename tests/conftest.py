@@ -31,11 +31,13 @@ def tiny(name: str, dtype=torch.float32, **changes):
         config = config_class(**{k: v for k, v in (c | extra).items() if v is not None})
         model = model_class(config)
     model.generation_config.eos_token_id = 2
+    for key, bias in model.named_parameters():
+        if key.endswith("bias"):
+            torch.nn.init.normal_(bias, std=0.1)  # zeros by default: nobody would miss one
     return model.to(dtype).eval().requires_grad_(False)
 
 
-ARCHITECTURES = ["llama", "qwen3", "gemma3", "gemma3_multimodal"]
-MORE_ARCHITECTURES = ["phi3", "gpt_neox", "olmo2", "mixtral"]
+ARCHITECTURES = ["llama", "qwen3", "gemma3", "gemma3_multimodal", "phi3", "gpt_neox", "olmo2", "mixtral"]
 
 
 class Ids:
@@ -43,12 +45,12 @@ class Ids:
     pad_token_id, eos_token_id, all_special_ids = 0, 2, [0, 1, 2]
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=ARCHITECTURES[:4])
 def tiny_model(request):
     return tiny(request.param)
 
 
-@pytest.fixture(params=ARCHITECTURES + MORE_ARCHITECTURES)
+@pytest.fixture(params=ARCHITECTURES)
 def any_model(request):
     return tiny(request.param)
 

