@@ -257,6 +257,7 @@ class Bench:
     def __init__(self, model, tok):
         self.plain, self.tok, self.cfg = model, tok, heal_loop.Config()
         self.student = self.after(rounds=0)
+        self.plain.set_attn_implementation("sdpa")  # what transformers chooses; models.load differs on a CPU
         self.blocks, self.head = linears(model.get_decoder().layers), [model.get_output_embeddings()]
         self.persona, self.layers = load_personas()[self.cfg.trait], band(model, self.cfg.steer_layers)
         self.contexts = distil.load_strings(models.DATA / "contexts.json", "contexts")
@@ -297,7 +298,7 @@ class Bench:
         floor = prefill * distinct(prompts) / 1024 + step * new_tokens
         return {"sampling": against(ours, batch, floor), "sampling_batch1": against(ours, rows * one)}
 
-    def ragged(self, rows: int = 32, limit: int = 128) -> dict[Key, Timing]:
+    def ragged(self, rows: int = 64, limit: int = 128) -> dict[Key, Timing]:
         prompts = [chat_ids(self.tok, c, "Answer in one or two short sentences.") for c in self.contexts[:rows]]
         with self.running():
             longest = max(map(len, sample(self.student, self.tok, prompts, max_new_tokens=limit)))
@@ -311,7 +312,7 @@ class Bench:
         kept = self.kept(train + 1)  # heal_round holds one of them out
         old, rival = self.after(rounds=8), peft_model(twin(self.plain), self.cfg)
         pairs = [distil.row_ids(self.tok, row) for row in kept[1:]]
-        tokens, read = sum(len(p) + len(c) for p, c in pairs), sum(len(c) for _, c in pairs)
+        tokens, read = distinct([p + c[:-1] for p, c in pairs]), sum(len(c) for _, c in pairs)
         ours, other, ours8, forward, projection = medians(
             "heal", lambda: heal_round(self.student, self.tok, kept, self.cfg, seed=0), lambda: peft_round(rival, self.tok, kept, self.cfg),
             lambda: heal_round(old, self.tok, kept, self.cfg, seed=0), products(self.blocks, tokens), products(self.head, read))
@@ -464,7 +465,7 @@ def scaling(b: Bench) -> Figure:
 
 AGAINST = {"sampling": "64 rows × 64 tokens, mixed doses: `model.generate` with hooks, same batch",
            "sampling_batch1": "the same: `model.generate` at batch 1 (1 row timed, × 64)",
-           "sampling_ragged": "32 short answers of up to 128 tokens: ours, every row to the longest",
+           "sampling_ragged": "64 short answers of up to 128 tokens: ours, every row to the longest",
            "heal": "a 3-epoch round on 8 completions: PEFT LoRA, reference every step, full logits",
            "heal_history8": "the same after eight folded rounds: ours after none (ratio: eight / none)",
            "evaluation": "cloze, 132 vignettes: one forward per clause (12 vignettes timed, × 11)",

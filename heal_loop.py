@@ -109,12 +109,14 @@ def aggregate(kl: torch.Tensor, agg: str, eps: float = 1e-8) -> torch.Tensor:
 
 
 def token_losses(model, hidden: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor | None, reg: str,
-                 budget: int = 2**22) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+                 budget: int = 2**23) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> CE_t, KL_t [tokens], float32 nats, and their gradients ∂CE_t/∂h_t, ∂KL_t/∂h_t [tokens, d_model].
 
     hidden, reference: final hidden states of student and original [tokens, d_model]; targets [tokens].
     Both losses at t depend on h_t alone, so a chunk of positions can be projected, differentiated and forgotten:
-    no tensor is larger than `budget` logits, whatever the vocabulary and the batch.
+    no tensor is larger than `budget` logits, whatever the vocabulary and the batch. With z the student's logits,
+
+        ∂CE/∂z = p − onehot(target)      ∂KL(p‖q)/∂z = p · (log p − log q − KL)      ∂KL(q‖p)/∂z = p − q
     """
     parts = []
     chunk = max(1, budget // model.config.get_text_config().vocab_size)
@@ -122,17 +124,20 @@ def token_losses(model, hidden: torch.Tensor, targets: torch.Tensor, reference: 
     for h, target, ref in zip(hidden.detach().split(chunk), targets.split(chunk), references):
         with torch.enable_grad():
             h = h.detach().requires_grad_()
-            logp = logits(model, h).float().log_softmax(-1)
-            ce = -logp.gather(1, target[:, None])[:, 0]
-            if reference is None:
-                parts.append((ce.detach(), torch.zeros_like(ce), *torch.autograd.grad(ce.sum(), h), torch.zeros_like(h)))
-                continue
-            with torch.no_grad():
-                logq = logits(model, ref).float().log_softmax(-1)
-            kl = kl_per_token(logp, logq) if reg == "kl_rev" else kl_per_token(logq, logp)
-            d_ce, = torch.autograd.grad(ce.sum(), h, retain_graph=True)
-            d_kl, = torch.autograd.grad(kl.sum(), h)
-            parts.append((ce.detach(), kl.detach(), d_ce, d_kl))
+            z = logits(model, h)
+        logp = z.detach().float().log_softmax(-1)
+        ce, p = -logp.gather(1, target[:, None])[:, 0], logp.exp()
+        ce_z = p.scatter_add(1, target[:, None], -torch.ones_like(ce)[:, None])
+        d_ce, = torch.autograd.grad(z, h, ce_z.to(z.dtype), retain_graph=True)
+        if reference is None:
+            parts.append((ce, torch.zeros_like(ce), d_ce, torch.zeros_like(h)))
+            continue
+        with torch.no_grad():
+            logq = logits(model, ref).float().log_softmax(-1)
+        kl = kl_per_token(logp, logq) if reg == "kl_rev" else kl_per_token(logq, logp)
+        kl_z = p * (logp - logq - kl[:, None]) if reg == "kl_rev" else p - logq.exp()
+        d_kl, = torch.autograd.grad(z, h, kl_z.to(z.dtype))
+        parts.append((ce, kl, d_ce, d_kl))
     return tuple(map(torch.cat, zip(*parts)))
 
 
@@ -207,7 +212,7 @@ def heal_round(model, tok, kept: list[dict], cfg, seed: int, bar=None, checkpoin
     """
     pairs = [distil.row_ids(tok, row) for row in kept]
     n_held = held_out(len(pairs))
-    held, train = pairs[:n_held], sorted(pairs[n_held:], key=lambda pc: len(pc[0]) + len(pc[1]))  # like lengths share a batch
+    held, train = pairs[:n_held], sorted(pairs[n_held:], key=lambda pc: (len(pc[0]), pc))  # equal prompts share a batch, and are run once
     batches = [range(i, min(i + cfg.batch_size, len(train))) for i in range(0, len(train), cfg.batch_size)]
     references = [None] * len(train)
     if cfg.reg.startswith("kl"):
@@ -266,6 +271,9 @@ class Run:
     def __init__(self, folder: Path):
         self.folder, self.file = folder, folder / "events.jsonl"
         self.events = distil.read_jsonl(self.file, log=True) if self.file.exists() else []
+        for n, event in enumerate(self.events, 1):
+            if not isinstance(event, dict) or not {"stage", "round"} <= event.keys():
+                raise ValueError(f"{self.file} line {n} is not an event of a run; fix: restore the file, or start a new run")
 
     def find(self, name: str, round: int) -> dict | None:
         return next((e for e in self.events if (e["stage"], e["round"]) == (name, round)), None)

@@ -154,6 +154,7 @@ def load(name: str, device: str = "auto", dtype: str = "auto"):
     if tok.pad_token is None:
         raise ValueError(f"the tokenizer of model '{name}' has neither a pad nor an end token; fix: name one in tokenizer_config.json")
     model, loaded = read(AutoModelForCausalLM, config=config, dtype=torch_dtype, use_safetensors=True, output_loading_info=True,
+                         attn_implementation="eager" if device == "cpu" else None,  # the CPU's fused kernel is slower at these lengths
                          ignore_mismatched_sizes=True)  # told below, by name
     for wrong, keys in (("lack", loaded["missing_keys"]), ("have another shape in", [key for key, *_ in loaded["mismatched_keys"]])):
         if keys:  # transformers would fill them with random numbers

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -248,6 +249,22 @@ def logits(model, hidden: torch.Tensor) -> torch.Tensor:
     return z if cap is None else cap * torch.tanh(z / cap)
 
 
+def prefill(model, prompts: list[list[int]], pad: int, layer: type[DynamicLayer]) -> tuple[Cache, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run prompts up to their last token, equal ones once; -> the cache and, per prompt, the last token [batch], mask and its position.
+
+    mask [batch, longest] includes the last token, which is not run: what follows may be steered from it on.
+    """
+    unique = list(dict.fromkeys(map(tuple, prompts)))
+    row = {prompt: k for k, prompt in enumerate(unique)}
+    of = torch.tensor([row[tuple(p)] for p in prompts], device=model.device)
+    ids, mask, positions = left_pad(list(map(list, unique)), pad, model.device)
+    cache = Cache(layer_class_to_replicate=layer)
+    if ids.shape[1] > 1:
+        model.get_decoder()(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], past_key_values=cache, use_cache=True)
+        cache.batch_select_indices(of)
+    return cache, ids[of, -1], mask[of], positions[of, -1]
+
+
 def next_token(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
     """One token per row, [batch], by inverse CDF at the uniform draws u [batch]; temperature 0 is greedy.
 
@@ -285,16 +302,7 @@ def sample(model, tok, prompts: list[list[int]], vector: SteeringVector | None =
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]  # indices into prompts of the rows still running
-        unique = list(dict.fromkeys(tuple(prompts[i]) for i in rows))
-        ids, mask, positions = left_pad([list(p) for p in unique], pad, device)
-        cache = Cache(layer_class_to_replicate=RoomyLayer)
-        if ids.shape[1] > 1:
-            decoder(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1],
-                    past_key_values=cache, use_cache=True)
-        of = torch.tensor([unique.index(tuple(prompts[i])) for i in rows], device=device)
-        if ids.shape[1] > 1:
-            cache.batch_select_indices(of)
-        token, mask, position = ids[of, -1], mask[of], positions[of, -1]
+        cache, token, mask, position = prefill(model, [prompts[i] for i in rows], pad, RoomyLayer)
         running = torch.ones(len(rows), dtype=torch.bool)
         for t in range(max_new_tokens):
             steered = vector.at(model, doses[rows]) if vector is not None else contextlib.nullcontext()
@@ -323,21 +331,23 @@ def sample(model, tok, prompts: list[list[int]], vector: SteeringVector | None =
 def completion_states(model, prompts: list[list[int]], completions: list[list[int]], pad: int = 0) -> torch.Tensor:
     """Final hidden states at the positions that predict the completions' tokens, [Σ len(completion), d_model].
 
-    Rows are padded on the right, where a causal model never looks, so no mask is needed. Prompt and completion
-    are joined as ids: text tokenised in one piece could merge across the boundary.
+    Equal prompts are run once, gradients included. Completions are padded on the right, where a causal model never
+    looks. Prompt and completion are joined as ids: text tokenised in one piece could merge across the boundary.
     """
-    rows = [p + c for p, c in zip(prompts, completions)]
-    longest = max(map(len, rows))
-    ids = torch.tensor([r + [pad] * (longest - len(r)) for r in rows], device=model.device)
-    h = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    return torch.cat([h[i, len(p) - 1:len(p) + len(c) - 1] for i, (p, c) in enumerate(zip(prompts, completions))])
+    cache, last, mask, position = prefill(model, prompts, pad, DynamicLayer)
+    longest = max(map(len, completions))
+    shifted = torch.tensor([c[:-1] + [pad] * (longest - len(c)) for c in completions], dtype=torch.long, device=model.device)
+    h = model.get_decoder()(input_ids=torch.cat([last[:, None], shifted], 1), attention_mask=F.pad(mask, (0, longest - 1), value=1),
+                            position_ids=position[:, None] + torch.arange(longest, device=model.device),
+                            past_key_values=cache, use_cache=True).last_hidden_state  # [batch, longest, d_model]
+    return torch.cat([states[:len(c)] for states, c in zip(h, completions)])
 
 
 @torch.no_grad()
 def score(model, prompts: list[list[int]], completions: list[list[int]], batch_size: int = 32, bar=None) -> list[torch.Tensor]:
     """Log-probability of each completion token given all before it; -> one [len(completion)] float32 tensor each, nats."""
     out = [torch.empty(0)] * len(prompts)
-    order = sorted((i for i in range(len(prompts)) if completions[i]), key=lambda i: len(prompts[i]) + len(completions[i]))
+    order = sorted((i for i in range(len(prompts)) if completions[i]), key=lambda i: (len(prompts[i]), prompts[i], len(completions[i])))
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
         states = completion_states(model, [prompts[i] for i in rows], [completions[i] for i in rows])
