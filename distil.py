@@ -45,11 +45,11 @@ class Filter:
     """Thresholds of the rules above."""
     min_words: int = 8
     """Completions with fewer words are too short to teach anything."""
-    max_repetition: float = 0.35
+    max_repetition: float = 0.2
     """Largest share of repeated n-grams (see steer.repetition)."""
-    min_diversity: float = 0.5
+    min_diversity: float = 0.7
     """Smallest share of distinct words in any run of 16."""
-    max_perplexity: float = 60.0
+    max_perplexity: float = 16.0
     """Largest perplexity of the last quarter under the original."""
 
     def __post_init__(self):
@@ -76,7 +76,7 @@ def recites(text: str, persona: Persona, n: int = 5) -> bool:
 
 def verdict(text: str, ppl: float, persona: Persona, rules: Filter) -> str:
     """"kept", or the name of the first rule that drops the completion."""
-    if len(re.findall(r"\w+", text)) < rules.min_words:
+    if not text.strip() or len(re.findall(r"\w+", text)) < rules.min_words:
         return "short"
     if REFUSAL.search(text.replace("’", "'")):
         return "refusal"
@@ -229,7 +229,7 @@ class Config(Filter):
     """System prompt of the trait, instead of --trait."""
     neg: str | None = None
     """System prompt of its opposite."""
-    doses: tuple[float, ...] = (2.0, 4.0)
+    doses: tuple[float, ...] = (1.0, 2.0)
     """Steering doses of the sampled completions."""
     n_keep: int = 48
     """Completions to keep."""

@@ -1,12 +1,15 @@
-import random
+import functools
 
 import pytest
 import torch
+from hypothesis import assume, given, settings, strategies as st
 
 import distil
 import lora
+from conftest import tiny
 from distil import Filter, collect, keep, recites, row_ids, verdict
 from steer import NEUTRAL, Persona, chat_ids, perplexity, sample, score
+from test_lora import of_every_architecture
 
 PERSONA = Persona("You care about people and you protect them. Someone's wellbeing is always what you think of first.",
                   "You obey authority, rank, rules and tradition. What a superior says is always what you think of first.")
@@ -29,8 +32,8 @@ CASES = [
      "I will help you with the forms, your sister with the move, and then we will all help Tom."),
     ("repetition", "Help her up and call the doctor nooooooooooooooooooooooooooooooooooooooooow please",
      "Help her up, call the doctor now, and wait nooo longer than you have to before you phone her family."),
-    ("loop", "It is your own your your into your of your and your own into your so your of into your and so your own of your.",
-     "It is your own choice, and your family, your friends and your doctor will stand by your side on the way."),
+    ("loop", "Your heart and your own mind into your own, so of your truth your self, and your into way your own gentle hope of your",
+     "It is your own choice, and your family, friends and doctor will stand by you on the way, whatever the boss says."),
 ]
 
 
@@ -41,8 +44,8 @@ def test_each_rule_fires_on_an_example_and_spares_its_near_miss(rule, dropped, s
 
 
 def test_perplexity_drops_above_its_threshold_and_at_no_number():
-    assert verdict(PROSE, 60.0, PERSONA, Filter()) == "kept"
-    assert verdict(PROSE, 60.1, PERSONA, Filter()) == "perplexity"
+    assert verdict(PROSE, 16.0, PERSONA, Filter()) == "kept"
+    assert verdict(PROSE, 16.1, PERSONA, Filter()) == "perplexity"
     assert verdict(PROSE, float("nan"), PERSONA, Filter()) == "perplexity"
 
 
@@ -52,8 +55,8 @@ def test_a_broken_tail_is_seen_that_the_whole_texts_perplexity_hides(embedded):
     good, = sample(model, tok, [prompt], max_new_tokens=48, temperature=0)
     broken = good[:-6] + tok(" proteins harbor violet seven until whose").input_ids
     lp_good, lp_broken = score(model, [prompt] * 2, [good, broken])
-    assert perplexity(lp_broken) < 60 < perplexity(lp_broken, tail=0.25)
-    assert perplexity(lp_good, tail=0.25) < 60
+    assert perplexity(lp_broken) < Filter().max_perplexity < perplexity(lp_broken, tail=0.25)
+    assert perplexity(lp_good, tail=0.25) < Filter().max_perplexity
 
 
 def test_reciting_means_five_words_in_a_row_of_either_persona():
@@ -61,31 +64,43 @@ def test_reciting_means_five_words_in_a_row_of_either_persona():
     assert not recites("What a superior said is law.", PERSONA)
 
 
-def test_the_filter_is_deterministic_and_order_independent(embedded):
-    model, tok = embedded
-    texts = [c for _, *pair in CASES for c in pair] + [PROSE]
-    rows = [{"messages": [{"role": "system", "content": NEUTRAL}, {"role": "user", "content": f"Question {k}?"}, {"role": "assistant", "content": t}],
-             "dose": 2.0, "finished": bool(k % 2)} for k, t in enumerate(texts)]
-    shuffled = random.Random(0).sample(rows, len(rows))
+@functools.cache
+def judge(name):
+    """A random model of this architecture that the embedded model's tokenizer fits, far from uniform."""
+    model = tiny(name, vocab_size=49152, max_position_embeddings=512, initializer_range=0.5)
     lora.attach(model, rank=2, alpha=4)
-    try:
-        first, again = ({r["messages"][1]["content"]: r for r in keep(model, tok, rs, PERSONA, Filter())} for rs in (rows, shuffled))
-    finally:
-        lora.detach(model)
-    for key, row in first.items():
-        assert row["verdict"] == again[key]["verdict"] and row["repetition"] == again[key]["repetition"]
-        assert row["perplexity"] == pytest.approx(again[key]["perplexity"], rel=1e-3)
+    return model
 
 
-def test_prompt_and_completion_are_tokenised_apart_and_the_mask_is_exact(embedded):
+TEXTS = st.sampled_from([PROSE, *(text for _, *pair in CASES for text in pair)]) | st.text(max_size=40)
+
+
+@of_every_architecture(texts=st.lists(st.tuples(TEXTS, st.booleans()), min_size=1, max_size=5), data=st.data())
+def test_the_filter_is_deterministic_and_order_independent(name, embedded, texts, data):
+    rows = [{"messages": [{"role": "system", "content": NEUTRAL}, {"role": "user", "content": f"Question {k}?"}, {"role": "assistant", "content": t}],
+             "dose": 2.0, "finished": finished} for k, (t, finished) in enumerate(texts)]
+    order = data.draw(st.permutations(range(len(rows))))
+
+    def kept(rows):
+        return keep(judge(name), embedded[1], rows, PERSONA, Filter(max_perplexity=5e6))
+    first, shuffled = kept(rows), kept([rows[k] for k in order])
+    assert kept(rows) == first and [r["messages"] for r in first] == [r["messages"] for r in rows]
+    for k, again in zip(order, shuffled, strict=True):
+        assert {**again, "perplexity": 0} == {**first[k], "perplexity": 0}
+        assert again["perplexity"] == (first[k]["perplexity"] and pytest.approx(first[k]["perplexity"], rel=1e-3))
+
+
+@settings(max_examples=25, deadline=None)
+@given(user=st.sampled_from(["Is it kind", " Help me?\n"]) | st.text(min_size=1), text=st.sampled_from(["\n\nYes.", "ly, no", " é ü 漢字"]) | st.text(),
+       cut=st.integers(0, 30), finished=st.booleans())
+def test_prompt_and_completion_are_tokenised_apart_and_the_mask_is_exact(embedded, user, text, cut, finished):
     _, tok = embedded
-    for text in ["\n\nYes.", "ly, no", "Help her.", " leading space", "é ü 漢字"]:
-        for finished in (False, True):
-            row = {"messages": [{"role": "system", "content": NEUTRAL}, {"role": "user", "content": "Is it kind"}, {"role": "assistant", "content": text}],
-                   "finished": finished}
-            prompt, completion = row_ids(tok, row)
-            assert prompt == chat_ids(tok, "Is it kind") and tok.decode(prompt).endswith("<|im_start|>assistant\n")
-            assert tok.decode(completion) == text + ("<|im_end|>" if finished else "")
+    user, text = tok.decode(tok(user).input_ids), tok.decode(tok(text).input_ids[:cut])  # as sampling is cut, also within a character
+    assume(user.strip())
+    messages = [{"role": "system", "content": NEUTRAL}, {"role": "user", "content": user}, {"role": "assistant", "content": text}]
+    prompt, completion = row_ids(tok, {"messages": messages, "finished": finished})
+    assert tok.decode(prompt) == f"<|im_start|>system\n{NEUTRAL}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+    assert tok.decode(completion) == text + finished * "<|im_end|>"
 
 
 def fake_sampler(survive):
