@@ -12,6 +12,7 @@ import jinja2
 import plotly.graph_objects as go
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from tabulate import tabulate
 
 import distil
@@ -107,6 +108,10 @@ def trajectory(events: list[dict]) -> Figure:
     trait.set(xlabel="round", ylabel="Δ Authority (nats; down = more trait)")
     broken.set(xlabel="round", ylabel="1 − coherence", yscale="log")
     both.set(xlabel="Δ Authority (nats)", ylabel="1 − coherence", yscale="log")
+    for axis in (broken, both):
+        low, high = axis.get_ylim()
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else NullFormatter())
     for axis in (trait, broken):
         axis.set_xticks(rounds := range(-1, 1 + max(r for s, r, *_ in points if s in ("base", "steered", "healed"))),
                         ["base" if r < 0 else r for r in rounds])

@@ -13,7 +13,7 @@ import itertools
 import os
 from collections import Counter
 from contextlib import redirect_stderr
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -313,21 +313,20 @@ def filter(cfg: Config) -> None:
     grid = [distil.Filter(default.min_words, *t) for t in itertools.product((0.2, 0.35, 0.5), (0.4, 0.5, 0.6, 0.7),
                                                                             (8, 10, 12, 14, 16, 18, 20, 25, 30, 40, 60))]
     chosen = max(grid, key=lambda rules: f1(pick, rules))
-    overall = []
-    for name, rules in (("default", default), ("chosen on the first half", chosen)):
+    overall, everything = [], distil.Filter(min_words=0, max_repetition=1, min_diversity=0, max_perplexity=np.inf)
+    thresholds = {"no thresholds": everything, "default": default} | ({} if chosen == default else {"chosen on the first half": chosen})
+    for name, rules in thresholds.items():
         for half, of in (("first half", pick), ("second half", report)):
             both, n_kept, n_wanted = precision_recall(of, rules)
             fluent = sum(kept(r, rules) and r["fluent"] and not r["narrates"] for r in of)
             overall.append([name, half, share(both, n_kept), share(both, n_wanted), f"{f1(of, rules):.2f}", share(fluent, n_kept)])
 
-    loose = dict(min_words=0, max_repetition=1, min_diversity=0, max_perplexity=np.inf)
     alone = {"short": dict(min_words=default.min_words), "refusal": {}, "narrates": {}, "repetition": dict(max_repetition=default.max_repetition),
-             "loop": dict(min_diversity=default.min_diversity), "perplexity": dict(max_perplexity=default.max_perplexity),
-             "perplexity, as chosen": dict(max_perplexity=chosen.max_perplexity)}
+             "loop": dict(min_diversity=default.min_diversity), "perplexity": dict(max_perplexity=default.max_perplexity)}
     n_bad = sum(not wanted(r) for r in rows)
     per_rule = []
     for rule, setting in alone.items():
-        hit = [r for r in rows if distil.verdict(r["text"], r["ppl"], r["persona"], distil.Filter(**{**loose, **setting})) == rule.split(",")[0]]
+        hit = [r for r in rows if distil.verdict(r["text"], r["ppl"], r["persona"], replace(everything, **setting)) == rule]
         bad = sum(not wanted(r) for r in hit)
         per_rule.append([rule, len(hit), share(bad, len(hit)), share(bad, n_bad)])
 
@@ -338,7 +337,7 @@ def filter(cfg: Config) -> None:
     signal_rows = [[name, *(f"{auc([f(r) for r in rows], [good(r) for r in rows]):.2f}" for good in (wanted, lambda r: r["fluent"]))]
                    for name, f in signals.items()]
     by_dose = [[f"{dose:g}", len(of), *(sum(r[key] for r in of) for key in ("fluent", "coherent", "enacts", "narrates")),
-                sum(r["verdict"] == "kept" for r in of)] for dose in sorted({r["dose"] for r in rows}) for of in [[r for r in rows if r["dose"] == dose]]]
+                sum(r["verdict"] == "kept" for r in of), sum(r["verdict"] == "kept" and wanted(r) for r in of)] for dose in sorted({r["dose"] for r in rows}) for of in [[r for r in rows if r["dose"] == dose]]]
 
     text = f"""# The filter on labelled completions
 
@@ -355,12 +354,12 @@ but not dose, perplexity or verdict:
 The filter should keep a completion if and only if it is coherent and does not narrate: {sum(map(wanted, rows))} of {len(rows)}. Narration is rare here
 ({sum(r["narrates"] for r in rows)} of {len(rows)}), so the narrates rule is hardly tested. Brackets: Wilson's 95 % interval.
 
-{markdown(by_dose, ["dose", "n", "fluent", "coherent", "enacts", "narrates", "kept by the defaults"])}
+{markdown(by_dose, ["dose", "n", "fluent", "coherent", "enacts", "narrates", "kept by the defaults", "of these rightly"])}
 
 ## Overall
 
 Halves by a hash of the text ({len(pick)} and {len(report)}). Thresholds with the largest F1 on the first half: {", ".join(f"{k} {v:g}" for k, v in asdict(chosen).items())};
-defaults: {", ".join(f"{k} {v:g}" for k, v in asdict(default).items())}. The numbers to quote are those of the second half.
+{"these are the defaults" if chosen == default else "defaults: " + ", ".join(f"{k} {v:g}" for k, v in asdict(default).items())}. The numbers to quote are those of the second half.
 
 {markdown(overall, ["thresholds", "on", "precision", "recall", "F1", "kept that are fluent and do not narrate"])}
 
