@@ -383,6 +383,8 @@ def heal_memory(vocab: int, full_logits: bool, device: str, rows: int = 8, promp
     config = transformers.LlamaConfig(vocab_size=vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=2,
                                       num_key_value_heads=2, tie_word_embeddings=True)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=models.best_dtype(device)).to(device).eval()
+    if device == "cpu":
+        model.set_attn_implementation("grouped")  # as models.load does
     cfg = heal_loop.Config()
     lora.attach(model, cfg.rank, cfg.alpha, (0, 1))
     ids = torch.randint(vocab, (rows, prompt + completion), generator=torch.Generator().manual_seed(0)).tolist()

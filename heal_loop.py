@@ -216,7 +216,7 @@ def heal_round(model, tok, kept: list[dict], cfg, seed: int, bar=None, checkpoin
     batches = [range(i, min(i + cfg.batch_size, len(train))) for i in range(0, len(train), cfg.batch_size)]
     references = [None] * len(train)
     if cfg.reg.startswith("kl"):
-        with torch.no_grad(), lora.merged(model), lora.gates(model, history=float(cfg.ref == "prev"), live=0):
+        with torch.no_grad(), lora.gates(model, history=float(cfg.ref == "prev"), live=0):
             for rows in batches:
                 states = completion_states(model, *zip(*(train[i] for i in rows)))
                 references[rows.start:rows.stop] = states.split([len(train[i][1]) for i in rows])

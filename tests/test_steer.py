@@ -18,6 +18,24 @@ def prompts(n=6):
     return [torch.randint(3, 128, (4 + 3 * (i % 4),), generator=g).tolist() for i in range(n)]
 
 
+def test_attention_on_a_cpu_equals_the_models_own_with_padding_and_gradients(any_model):
+    rows = [list(range(3, 24)), list(range(40, 52)), [7]]  # longer than Gemma's window of 16
+    tokens, mask, positions = left_pad(rows, 0, "cpu")
+    any_model.get_input_embeddings().weight.requires_grad_()
+    results = []
+    for implementation in ("eager", "grouped"):
+        any_model.set_attn_implementation(implementation)
+        logits = any_model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
+        gradient, = torch.autograd.grad(logits[mask.bool()].sin().sum(), any_model.get_input_embeddings().weight)
+        results.append((logits[mask.bool()], gradient))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_loaded_on_a_cpu_uses_it(embedded):
+    assert embedded[0].config._attn_implementation == "grouped"
+    assert "grouped" not in embedded[0].config.to_json_string()
+
+
 def test_mixed_doses_in_a_batch_equal_row_by_row(any_model, ids):
     v, doses = vector(any_model), [0.0, 1.5, -3.0]
     with torch.no_grad():
