@@ -256,6 +256,7 @@ class Bench:
 
     def __init__(self, model, tok):
         self.plain, self.tok, self.cfg = model, tok, heal_loop.Config()
+        self.attention = model.config._attn_implementation
         self.student = self.after(rounds=0)
         self.plain.set_attn_implementation("sdpa")  # what transformers chooses; models.load differs on a CPU
         self.blocks, self.head = linears(model.get_decoder().layers), [model.get_output_embeddings()]
@@ -267,6 +268,7 @@ class Bench:
     def after(self, rounds: int):
         """A student with this many folded rounds. Its factors are random and small: time does not depend on them."""
         student = twin(self.plain)
+        student.set_attn_implementation(self.attention)
         lora.attach(student, self.cfg.rank, self.cfg.alpha, self.cfg.lora_layers)
         for _ in range(rounds):
             for m in lora.adapters(student).values():
