@@ -19,6 +19,8 @@ from steer import SteeringVector
 from test_export import command, run, student  # noqa: F401, a fixture
 from test_run import tiny_folder  # noqa: F401, a fixture
 
+FILE_SIZE = resource.getrlimit(resource.RLIMIT_FSIZE)
+
 
 class World:
     """What the cases are made of: a good tiny model, a good run on it, and ways to spoil copies of both."""
@@ -88,9 +90,7 @@ class World:
 
     def full_disk(self, at=50_000):
         """Files stop growing at `at` bytes, as on a full disk."""
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        self.request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (at, before[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (at, FILE_SIZE[1]))
 
     def cache(self, how):
         """The user's cache in a state; the embedded model's folder within it where there is one."""
@@ -343,8 +343,11 @@ def test_a_mistake_is_told_in_one_line_that_names_it(case, run, tiny_folder, tmp
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        command(monkeypatch, *argv)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            command(monkeypatch, *argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, FILE_SIZE)  # before pytest writes to its own log
     assert stopped.value.code in (1, 2)
     says(capsys.readouterr().err, wanted)
     if "export" in argv:
