@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from safetensors import safe_open
-from tqdm import tqdm
 
 import distil
 import lora
@@ -374,7 +373,7 @@ def loop(cfg: Config, run: Run) -> None:
     def progress(what: str, total: int):
         nonlocal done
         done += 1
-        with tqdm(total=total, desc=f"[{done}/{stages}] {what}", leave=False, dynamic_ncols=True) as bar:
+        with models.Bar(total=total, desc=f"[{done}/{stages}] {what}", leave=False, dynamic_ncols=True) as bar:
             yield bar
 
     def measure(name: str, history: float = 1.0, constants=None, **how) -> dict:

@@ -12,6 +12,7 @@ import itertools
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 import warnings
@@ -23,6 +24,7 @@ import tyro
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import save_model
+from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.masking_utils import eager_mask
 
@@ -190,6 +192,21 @@ def load(name: str, device: str = "auto", dtype: str = "auto"):
     return model, tok
 
 
+class Bar(tqdm):
+    """A progress bar that hears Ctrl-C: Python drops an exception that is raised in a finaliser, KeyboardInterrupt included."""
+    pressed = False
+
+    @classmethod
+    def press(cls, *_):
+        cls.pressed = True
+        raise KeyboardInterrupt
+
+    def update(self, n=1):
+        if self.pressed:
+            raise KeyboardInterrupt
+        return super().update(n)
+
+
 def cli(config_class, main, positional: bool = False) -> None:
     """Parse flags into `config_class` (a tyro dataclass), run `main(config)`; a user's mistake is one line on stderr.
 
@@ -209,8 +226,11 @@ def cli(config_class, main, positional: bool = False) -> None:
             message = message.removeprefix(f"Error parsing {config_class.__name__}: ")
             print("error:", message if "fix:" in message else f"{message}; fix: see python {program} --help", file=sys.stderr)
         sys.exit(e.code)
+    before, Bar.pressed = signal.signal(signal.SIGINT, Bar.press), False
     try:
         main(config)
+        if Bar.pressed:  # after the last update
+            raise KeyboardInterrupt
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -220,3 +240,5 @@ def cli(config_class, main, positional: bool = False) -> None:
             message += "; fix: a path that exists and can be read and written, on a disk with room"
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        signal.signal(signal.SIGINT, before)
