@@ -458,7 +458,7 @@ def scaling(b: Bench) -> Figure:
     right.plot(rounds, whole, "o-")
     right.set(title="a small round of the loop", xlabel="rounds in the history", ylabel="s")
     for axis in (left, middle, right):
-        axis.set_ylim(0)
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         axis.title.set_size(8), axis.xaxis.label.set_size(7), axis.yaxis.label.set_size(7)
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
