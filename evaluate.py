@@ -269,7 +269,7 @@ def cloze(model, tok, vignettes, constants=None, system: str = NEUTRAL, vector: 
         states = torch.cat([h.repeat_interleave(7, 0)[:, None], states], 1)[real.repeat(batch, 1).bool()]
         wanted = ids.repeat(batch, 1)[real.repeat(batch, 1).bool()]
         logp = torch.cat([logits(model, s).float().log_softmax(-1).gather(1, w[:, None])[:, 0]
-                          for s, w in zip(states.split(256), wanted.split(256))])
+                          for s, w in zip(states.split(128), wanted.split(128))])
         total = torch.zeros(batch * 7, device=h.device).index_add_(
             0, torch.arange(batch * 7, device=h.device).repeat_interleave(real.sum(1).repeat(batch)), logp)
         if bar is not None:

@@ -108,7 +108,7 @@ def aggregate(kl: torch.Tensor, agg: str, eps: float = 1e-8) -> torch.Tensor:
 
 
 def token_losses(model, hidden: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor | None, reg: str,
-                 budget: int = 2**23) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+                 budget: int = 2**22) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> CE_t, KL_t [tokens], float32 nats, and their gradients ∂CE_t/∂h_t, ∂KL_t/∂h_t [tokens, d_model].
 
     hidden, reference: final hidden states of student and original [tokens, d_model]; targets [tokens].
