@@ -33,7 +33,8 @@ from transformers.cache_utils import Cache
 
 import lora
 import models
-from steer import NEUTRAL, RoomyLayer, SteeringVector, chat_ids, check_flags, check_room, left_pad, logits, repetition, sample, score
+from steer import (NEUTRAL, RoomyLayer, SteeringVector, chat_ids, check_flags, check_room, left_pad, logits, repetition, sample, score,
+                   token_logp)
 
 FOUNDATIONS = ("Care", "Fairness", "Loyalty", "Authority", "Sanctity", "Liberty", "SocialNorms")
 CLAUSES = {"Care": " it is cruel and hurts someone", "Fairness": " it is unfair and dishonest",
@@ -268,8 +269,7 @@ def cloze(model, tok, vignettes, constants=None, system: str = NEUTRAL, vector: 
             past_key_values=cache, use_cache=True).last_hidden_state  # [batch·7, longest−1, d_model]
         states = torch.cat([h.repeat_interleave(7, 0)[:, None], states], 1)[real.repeat(batch, 1).bool()]
         wanted = ids.repeat(batch, 1)[real.repeat(batch, 1).bool()]
-        logp = torch.cat([logits(model, s).float().log_softmax(-1).gather(1, w[:, None])[:, 0]
-                          for s, w in zip(states.split(128), wanted.split(128))])
+        logp = token_logp(model, states, wanted)
         total = torch.zeros(batch * 7, device=h.device).index_add_(
             0, torch.arange(batch * 7, device=h.device).repeat_interleave(real.sum(1).repeat(batch)), logp)
         if bar is not None:

@@ -197,8 +197,8 @@ def load(name: str, device: str = "auto", dtype: str = "auto"):
         raise ValueError(f"the tokenizer of model '{name}' has {tok.vocab_size} tokens, the model {rows}; fix: the tokenizer that belongs to it")
     if device == "cpu":
         hold_memory()
-    if device == "cpu" and model._supports_sdpa:  # a model that does not has an attention of its own, such as Gemma 2's capped scores
-        model.set_attn_implementation("grouped")
+        if model._supports_sdpa:  # a model that does not has an attention of its own, such as Gemma 2's capped scores
+            model.set_attn_implementation("grouped")
     model.to(device).eval().requires_grad_(False)
     return model, tok
 

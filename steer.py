@@ -249,6 +249,12 @@ def logits(model, hidden: torch.Tensor) -> torch.Tensor:
     return z if cap is None else cap * torch.tanh(z / cap)
 
 
+def token_logp(model, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each token at its final hidden state: [n, d_model], [n] -> [n], float32 nats; 128 positions of logits at a time."""
+    return torch.cat([logits(model, h).float().log_softmax(-1).gather(1, t[:, None])[:, 0]
+                      for h, t in zip(hidden.split(128), tokens.split(128))])
+
+
 def prefill(model, prompts: list[list[int]], pad: int, layer: type[DynamicLayer]) -> tuple[Cache, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run prompts up to their last token, equal ones once; -> the cache and, per prompt, the last token [batch], mask and its position.
 
@@ -352,8 +358,7 @@ def score(model, prompts: list[list[int]], completions: list[list[int]], batch_s
         rows = order[start:start + batch_size]
         states = completion_states(model, [prompts[i] for i in rows], [completions[i] for i in rows])
         wanted = torch.tensor([t for i in rows for t in completions[i]], device=model.device)
-        logp = torch.cat([logits(model, h).float().log_softmax(-1).gather(1, t[:, None])[:, 0]
-                          for h, t in zip(states.split(128), wanted.split(128))]).cpu()
+        logp = token_logp(model, states, wanted).cpu()
         for i, lp in zip(rows, logp.split([len(completions[i]) for i in rows])):
             out[i] = lp
         if bar is not None:
