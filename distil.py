@@ -7,13 +7,12 @@ Every completion gets a verdict, "kept" or the first rule that drops it:
     narrates     talks about the trait ("I am someone who ...") or recites its persona, instead of acting it out
     repetition   more than `max_repetition` of its n-grams repeat earlier ones
     loop         some run of 16 words holds less than `min_diversity` distinct words, whatever its perplexity
-    perplexity   more than `max_perplexity` over its last quarter under the original (a broken tail hides in a whole-text mean)
+    perplexity   more than `max_perplexity` over its last quarter under the original (a broken tail hides in a mean)
 
 A dose with few survivors is lowered and sampling goes on, so an over-steered student still yields a full set.
 
-    python distil.py --trait care --n-keep 16 --out kept.jsonl     # `messages` chat format, one JSON object a line
+    python distil.py --trait love --n-keep 16 --out love     # love/kept.jsonl: `messages` chat format
 """
-import json
 import math
 import re
 from collections import Counter
@@ -22,48 +21,50 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 import lora
 import models
-from steer import (NEUTRAL, Persona, SteeringVector, band, chat_ids, check_flags, extract_vector, load_personas, perplexity, repetition, sample,
-                   score, steering_flags)
+import runs
+import texts
+from sampling import perplexity, repetition, sample, score
+from steer import NEUTRAL, Persona, SteeringVector, band, chat_ids, extract_vector
 
 REFUSAL = re.compile(
-    r"\bas an? (ai|artificial|language model|virtual|digital)\b|\b(i'?m|i am) (just |only )?an? (ai|artificial|language model|virtual assistant|chatbot)\b"
-    r"|\bi (can'?t|cannot|can not|am unable to|am not able to|won'?t) (assist|help|provide|fulfil|comply|engage|answer)"
-    r"|\bi must decline\b|\bmy (programming|training data|guidelines)\b|\bi (don'?t|do not) have (personal )?(opinions|feelings|emotions|beliefs)\b", re.I)
+    r"\bas an? (ai|artificial|language model|virtual|digital)\b"
+    r"|\b(i'?m|i am) (just |only )?an? (ai|artificial|language model|virtual assistant|chatbot)\b"
+    r"|\bi (can'?t|cannot|can not|am unable to|am not able to|won'?t)"
+    r" (assist|help|provide|fulfil|comply|engage|answer)"
+    r"|\bi must decline\b|\bmy (programming|training data|guidelines)\b"
+    r"|\bi (don'?t|do not) have (personal )?(opinions|feelings|emotions|beliefs)\b", re.I)
 NARRATES = re.compile(
-    r"\b(i am|i'?m|as) (someone|somebody|a person|the kind of person|an? \w+ (person|assistant|being)) (who|that|of)\b"
+    r"\b(i am|i'?m|as) (someone|somebody|a person|the kind of person|an? \w+ (person|assistant|being))"
+    r" (who|that|of)\b"
     r"|\bmy (principle|persona|character|personality|nature|role|core value)s? (is|are|tells?|means?)\b"
-    r"|\bi (always|never) (obey|defer|disobey|defy|put (people|others|wellbeing)|follow (orders|authority|rules))\b"
+    r"|\bi (always|never) (obey|defer|disobey|defy|put (people|others|wellbeing)"
+    r"|follow (orders|authority|rules))\b"
     r"|\bi (don'?t|do not|refuse to) (obey|defer to|follow) (orders|authority|rules|anyone)\b", re.I)
 
 
-@dataclass
-class Filter:
-    """Thresholds of the rules above."""
-    min_words: int = 8
-    """Completions with fewer words are too short to teach anything."""
-    max_repetition: float = 0.2
-    """Largest share of repeated n-grams (see steer.repetition)."""
-    min_diversity: float = 0.7
-    """Smallest share of distinct words in any run of 16."""
-    max_perplexity: float = 16.0
-    """Largest perplexity of the last quarter under the original."""
+# ---- verdicts -----------------------------------------------------------------------------------
 
-    def __post_init__(self):
-        check_flags(("min-words", self.min_words, self.min_words >= 0, "0 or more"),
-                    ("max-repetition", self.max_repetition, 0 < self.max_repetition <= 1, "above 0, at most 1"),
-                    ("min-diversity", self.min_diversity, 0 <= self.min_diversity <= 1, "0 to 1"),
-                    ("max-perplexity", self.max_perplexity, self.max_perplexity > 1, "above 1"))
+
+@dataclass
+class Rules:
+    """Thresholds of the rules above; see `Config` for each."""
+    min_words: int = 8
+    max_repetition: float = 0.2
+    min_diversity: float = 0.7
+    max_perplexity: float = 16.0
 
 
 def diversity(text: str, window: int = 16) -> float:
-    """Smallest share of distinct words in any run of `window` words; in (0, 1]. Catches loops whose n-grams never quite repeat."""
+    """Smallest share of distinct words in any run of `window` words, in (0, 1].
+
+    Catches loops whose n-grams never quite repeat.
+    """
     words = re.findall(r"\w+", text.lower())
-    runs = [words[i:i + window] for i in range(max(1, len(words) - window + 1))]
-    return min(len(set(run)) / max(1, len(run)) for run in runs)
+    runs_of_words = [words[i:i + window] for i in range(max(1, len(words) - window + 1))]
+    return min(len(set(run)) / max(1, len(run)) for run in runs_of_words)
 
 
 def recites(text: str, persona: Persona, n: int = 5) -> bool:
@@ -74,13 +75,14 @@ def recites(text: str, persona: Persona, n: int = 5) -> bool:
     return bool(grams(text) & (grams(persona.pos) | grams(persona.neg)))
 
 
-def verdict(text: str, ppl: float, persona: Persona, rules: Filter) -> str:
+def verdict(text: str, ppl: float, persona: Persona, rules: Rules) -> str:
     """"kept", or the name of the first rule that drops the completion."""
-    if not text.strip() or len(re.findall(r"\w+", text)) < rules.min_words:
+    straight = text.replace("’", "'")
+    if len(re.findall(r"\w+", text)) < rules.min_words or not text.strip():
         return "short"
-    if REFUSAL.search(text.replace("’", "'")):
+    if REFUSAL.search(straight):
         return "refusal"
-    if NARRATES.search(text.replace("’", "'")) or recites(text, persona):
+    if NARRATES.search(straight) or recites(text, persona):
         return "narrates"
     if repetition(text) > rules.max_repetition:
         return "repetition"
@@ -91,178 +93,159 @@ def verdict(text: str, ppl: float, persona: Persona, rules: Filter) -> str:
     return "kept"
 
 
+# ---- rows ---------------------------------------------------------------------------------------
+
+
 def end_of_turn(tok) -> list[int]:
     """The token that ends an assistant turn in this chat template, as a list (empty where there is none)."""
-    text = tok.apply_chat_template([{"role": "user", "content": "a"}, {"role": "assistant", "content": "\u241f"}], tokenize=False)
-    after = tok(text.rpartition("\u241f")[2], add_special_tokens=False).input_ids
-    return [t for t in after if t in tok.all_special_ids][:1]
+    mark = "\u241f"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
+    after = tok.apply_chat_template(turns, tokenize=False).rpartition(mark)[2]
+    return [t for t in tok(after, add_special_tokens=False).input_ids if t in tok.all_special_ids][:1]
 
 
 def row_ids(tok, row: dict) -> tuple[list[int], list[int]]:
-    """A data row -> (prompt ids, completion ids), tokenised apart so that no token straddles the boundary.
+    """A data row -> (prompt ids, completion ids), tokenised apart: no token straddles the boundary.
 
     The completion ends with the end-of-turn token where the model had ended it there.
     """
-    system, user, assistant = (m["content"] for m in row["messages"])
+    system, user, assistant = (message["content"] for message in row["messages"])
     completion = tok(assistant, add_special_tokens=False).input_ids
     return chat_ids(tok, user, system), completion + (end_of_turn(tok) if row["finished"] else [])
 
 
-def sample_doses(model, tok, vector: SteeringVector, prompts: list[str], doses: list[float], n: int, seed: int,
-                 bar=None, **sampling) -> list[dict]:
-    """n steered completions of the student over shuffled prompts × doses, each prompt at every dose; -> rows without verdict."""
+def sample_doses(model, tok, vector: SteeringVector, prompts: list[str], doses: list[float], n: int,
+                 seed: int, **sampling) -> list[dict]:
+    """n steered completions of the model as it stands, each prompt at every dose; -> rows, no verdict yet."""
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
-    pairs = [(prompts[order[k // len(doses) % len(prompts)]], doses[k % len(doses)]) for k in range(n)]
-    with lora.merged(model), lora.gates(model, live=0):
-        new = sample(model, tok, [chat_ids(tok, p) for p, _ in pairs], vector, [d for _, d in pairs], seed=seed, bar=bar, **sampling)
-    return [{"messages": [{"role": "system", "content": NEUTRAL}, {"role": "user", "content": p},
-                          {"role": "assistant", "content": tok.decode(ids, skip_special_tokens=True)}],
-             "dose": d, "finished": len(ids) < sampling["max_new_tokens"]} for (p, d), ids in zip(pairs, new)]
-
-
-def keep(model, tok, rows: list[dict], persona: Persona, rules: Filter, bar=None) -> list[dict]:
-    """The rows with `perplexity` (last quarter, under the original), `repetition` and `verdict`."""
-    pairs = [row_ids(tok, row) for row in rows]
-    with lora.gates(model, history=0, live=0):
-        logp = score(model, *map(list, zip(*pairs)), bar=bar)
-    out = []
-    for row, lp in zip(rows, logp):
-        text, ppl = row["messages"][-1]["content"], perplexity(lp, tail=0.25)
-        out.append({**row, "perplexity": round(ppl, 3) if math.isfinite(ppl) else None, "repetition": round(repetition(text), 4),
-                    "verdict": verdict(text, ppl, persona, rules)})
-    return out
-
-
-class Starved(ValueError):
-    """Too few completions survive the filter, at any dose that was tried."""
-
-
-def collect(model, tok, vector: SteeringVector, prompts: list[str], persona: Persona, rules: Filter, doses: tuple[float, ...],
-            n_keep: int, seed: int, rows: list[dict] = (), on_batch=lambda rows: None, batch: int = 96, max_batches: int = 8,
-            bar=None, **sampling) -> tuple[list[dict], list[dict]]:
-    """Sample and filter in batches until n_keep survive; -> (kept, all rows). `rows`: what an interrupted call had done.
-
-    A band (one entry of `doses`) of which less than half of a batch survives is lowered to 0.7 of its dose for the next.
-    Each batch depends only on the seed and the rows before it, so a continued call gives what an uninterrupted one does.
-    Raises Starved when max_batches do not fill the set, naming the rule that dropped most.
-    """
-    rows = list(rows)
-    batch = min(batch, 2 * len(doses) * math.ceil(n_keep / len(doses)))
-    while (done := len(rows) // batch) < max_batches:
-        kept = [r for r in rows if r["verdict"] == "kept"]
-        if len(kept) >= n_keep:
-            by_band = [[r for r in kept if r["band"] == b] for b in range(len(doses))]  # take the bands in turn
-            turn = sorted(((k, b) for b, band_rows in enumerate(by_band) for k in range(len(band_rows))))
-            return [by_band[b][k] for k, b in turn[:n_keep]], rows
-        now = []
-        for b, dose in enumerate(doses):
-            last = [r for r in rows[-batch:] if r["band"] == b]
-            survived = sum(r["verdict"] == "kept" for r in last)
-            now.append(dose if not last else last[0]["dose"] * (0.7 if survived < len(last) / 2 else 1.0))
-        new = sample_doses(model, tok, vector, prompts, now, batch, seed + done, bar, **sampling)
-        new = keep(model, tok, new, persona, rules)
-        rows += [{**r, "band": k % len(doses)} for k, r in enumerate(new)]
-        on_batch(rows)
-    dropped = Counter(r["verdict"] for r in rows if r["verdict"] != "kept")
-    worst = dropped.most_common(1)[0][0]
-    flag = {"short": "--min-words", "repetition": "--max-repetition", "loop": "--min-diversity", "perplexity": "--max-perplexity",
-            "refusal": "the prompts", "narrates": "the persona"}[worst]
-    raise Starved(f"data starved: {len(rows) - dropped.total()} of {n_keep} completions kept after {len(rows)} samples at doses down to "
-                  f"{min(r['dose'] for r in rows):.2g}; dropped: {', '.join(f'{k} {n}' for k, n in dropped.most_common())}; "
-                  f"fix: lower --doses, or loosen '{worst}' ({flag})")
-
-
-def to_jsonl(rows: list[dict]) -> str:
-    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-
-
-def read_jsonl(path, log: bool = False) -> list[dict]:
-    """Rows of a JSONL file; of a log, a torn last line is left out. Raises ValueError naming file and line where one is malformed."""
+    asked = [prompts[order[k // len(doses) % len(prompts)]] for k in range(n)]
+    given = [doses[k % len(doses)] for k in range(n)]
+    new = sample(model, tok, [chat_ids(tok, p) for p in asked], vector, given, seed=seed, **sampling)
     rows = []
-    *lines, last = Path(path).read_text().split("\n")  # not splitlines: JSON strings may hold other line separators
-    for n, line in enumerate(lines if log else filter(None, [*lines, last]), 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{path} line {n} is not JSON ({e.msg}); fix: remove or repair the line") from None
+    for prompt, dose, ids in zip(asked, given, new):
+        messages = [{"role": "system", "content": NEUTRAL}, {"role": "user", "content": prompt},
+                    {"role": "assistant", "content": tok.decode(ids, skip_special_tokens=True)}]
+        finished = len(ids) < sampling["max_new_tokens"]
+        rows.append({"messages": messages, "dose": dose, "finished": finished})
     return rows
 
 
-def load_strings(path, key: str) -> list[str]:
-    """A list of non-empty strings under `key` of a JSON file. Raises ValueError naming the file and the entry."""
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no file {path}; fix: give an existing file")
-    try:
-        strings = json.loads(path.read_text())[key]
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} is malformed ({e}); fix: {{\"{key}\": [\"...\", ...]}}") from None
-    if not isinstance(strings, list) or not strings:
-        raise ValueError(f"{path}: '{key}' is empty; fix: give at least one string")
-    for k, s in enumerate(strings, 1):
-        if not isinstance(s, str) or not s.strip():
-            raise ValueError(f"{path}: entry {k} of '{key}' is empty or not a string; fix: remove it")
-    return strings
+def judge(model, tok, rows: list[dict], persona: Persona, rules: Rules) -> list[dict]:
+    """The rows with `perplexity` (last quarter, under the original), `repetition` and `verdict`."""
+    prompts, completions = zip(*(row_ids(tok, row) for row in rows))
+    with lora.gates(model, history=0, live=0):
+        scored = score(model, prompts, completions)
+    judged = []
+    for row, logp in zip(rows, scored):
+        text, ppl = row["messages"][-1]["content"], perplexity(logp, tail=0.25)
+        judged.append({**row, "perplexity": round(ppl, 3) if math.isfinite(ppl) else None,
+                       "repetition": round(repetition(text), 4),
+                       "verdict": verdict(text, ppl, persona, rules)})
+    return judged
 
 
-def find_persona(trait: str, pos: str | None, neg: str | None) -> Persona:
-    """The persona by text where --pos and --neg are given, else by name. Raises ValueError for an unknown name or half a pair."""
-    if (pos is None) != (neg is None):
-        raise ValueError("--pos and --neg go together; fix: give both")
-    known = load_personas()
-    if pos is None and trait not in known:
-        raise ValueError(f"unknown trait '{trait}'; fix: one of {', '.join(known)}, or --pos and --neg")
-    return Persona(pos, neg) if pos is not None else known[trait]
+# ---- a full set ---------------------------------------------------------------------------------
+
+
+class Starved(runs.Ended):
+    """Too few completions survive the rules, at any dose that was tried."""
+
+
+def collect(model, tok, vector: SteeringVector, prompts: list[str], persona: Persona, rules: Rules,
+            doses: tuple[float, ...], n_keep: int, seed: int, folder: Path, batch: int = 96,
+            max_batches: int = 8, **sampling) -> tuple[list[dict], list[dict]]:
+    """Sample and judge in batches until n_keep survive; -> (kept, all rows).
+
+    Both go into `folder` as kept.jsonl and sampled.jsonl, the latter also where the set stays too small.
+    A band (one entry of `doses`) of which less than half of a batch survives is lowered to 0.7 of its
+    dose for the next. Raises Starved after max_batches, naming the rule that dropped most.
+    """
+    doses_now, sampled = list(doses), []
+    batch = min(batch, 2 * len(doses) * math.ceil(n_keep / len(doses)))
+    for n in range(max_batches):
+        # 1. a batch, every prompt at each dose, with its verdicts
+        new = sample_doses(model, tok, vector, prompts, doses_now, batch, seed + n, **sampling)
+        new = judge(model, tok, new, persona, rules)
+        for k, row in enumerate(new):
+            row["band"] = k % len(doses)
+        sampled += new
+        runs.write_text(folder / "sampled.jsonl", runs.to_jsonl(sampled))
+        # 2. enough survivors: take the bands in turn, so that no dose crowds out another
+        kept = [row for row in sampled if row["verdict"] == "kept"]
+        if len(kept) >= n_keep:
+            kept = in_turn(kept, len(doses))[:n_keep]
+            runs.write_text(folder / "kept.jsonl", runs.to_jsonl(kept))
+            return kept, sampled
+        # 3. a dose that breaks most of its completions is lowered
+        for b in range(len(doses)):
+            of_band = [row["verdict"] for row in new if row["band"] == b]
+            if of_band.count("kept") < len(of_band) / 2:
+                doses_now[b] *= 0.7
+    raise Starved(starved_because(sampled, n_keep))
+
+
+def in_turn(kept: list[dict], bands: int) -> list[dict]:
+    """The first row of every band, then the second of every band, and so on."""
+    by_band = [[row for row in kept if row["band"] == b] for b in range(bands)]
+    longest = max(map(len, by_band))
+    return [of_band[k] for k in range(longest) for of_band in by_band if k < len(of_band)]
+
+
+def summary(kept: list[dict], sampled: list[dict]) -> dict:
+    """What a round's record says of its data."""
+    verdicts = Counter(row["verdict"] for row in sampled)
+    return {"sampled": len(sampled), "kept": len(kept), "verdicts": dict(sorted(verdicts.items())),
+            "dose": sum(row["dose"] for row in kept) / len(kept)}
+
+
+def starved_because(sampled: list[dict], n_keep: int) -> str:
+    """One line: how far it got, what dropped the others, and the flag that would help."""
+    dropped = Counter(row["verdict"] for row in sampled if row["verdict"] != "kept")
+    worst = dropped.most_common(1)[0][0]
+    flag = {"short": "--min-words", "repetition": "--max-repetition", "loop": "--min-diversity",
+            "perplexity": "--max-perplexity", "refusal": "the prompts", "narrates": "the persona"}[worst]
+    return (f"data starved: {len(sampled) - dropped.total()} of {n_keep} completions kept after "
+            f"{len(sampled)} samples at doses down to {min(row['dose'] for row in sampled):.2g}; "
+            f"dropped: {', '.join(f'{rule} {n}' for rule, n in dropped.most_common())}; "
+            f"fix: lower --doses, or loosen '{worst}' ({flag})")
+
+
+# ---- the command --------------------------------------------------------------------------------
 
 
 @dataclass
-class Config(Filter):
-    model: str = models.EMBEDDED
-    """smollm2, a local folder, or a hub id."""
-    device: str = "auto"
-    """auto, cuda, mps or cpu."""
-    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
-    """Of the weights; auto is bfloat16 where the hardware has it."""
-    trait: str = "care"
-    """Name of a persona pair in data/personas.json."""
-    pos: str | None = None
-    """System prompt of the trait, instead of --trait."""
-    neg: str | None = None
-    """System prompt of its opposite."""
-    doses: tuple[float, ...] = (1.0, 2.0)
-    """Steering doses of the sampled completions."""
-    n_keep: int = 48
-    """Completions to keep."""
-    max_new_tokens: int = 64
-    """Longest completion, in tokens."""
-    n_contexts: int = 128
-    """Contexts the vector is averaged over."""
-    steer_layers: tuple[float, float] = (0.45, 0.55)
-    """Depth range that is steered, as fractions."""
-    seed: int = 0
-    """Of the sampling."""
-    out: Path = Path("kept.jsonl")
-    """Where the kept data goes; everything sampled, with verdicts, goes beside it as *.sampled.jsonl."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_flags(*steering_flags(self, "doses"), ("n-keep", self.n_keep, self.n_keep >= 1, "at least 1"))
+class Config:
+    model: str = models.EMBEDDED  # smollm2, a local folder, or a hub id
+    device: str = "auto"  # auto, cuda, mps or cpu
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bfloat16 where native
+    seed: runs.Seed = 0  # of the sampling
+    trait: str = "care"  # name of a persona pair in data/personas.json
+    pos: str | None = None  # system prompt of the trait, instead of --trait
+    neg: str | None = None  # system prompt of its opposite
+    n_contexts: runs.AtLeast1 = 128  # contexts the vector is averaged over
+    steer_layers: runs.DepthRange = (0.45, 0.55)  # depth range that is steered, as fractions
+    doses: runs.Doses = (1.0, 2.0)  # steering doses of the sampled completions
+    n_keep: runs.AtLeast1 = 48  # completions to keep
+    max_new_tokens: runs.AtLeast1 = 64  # longest completion, in tokens
+    min_words: runs.WholeFrom0 = 8  # completions with fewer words teach nothing
+    max_repetition: runs.Above0To1 = 0.2  # largest share of repeated n-grams (sampling.repetition)
+    min_diversity: runs.ZeroTo1 = 0.7  # smallest share of distinct words in any run of 16
+    max_perplexity: runs.Above1 = 16.0  # of the last quarter, under the original
+    out: Path = Path("distilled")  # folder for kept.jsonl, and sampled.jsonl with all verdicts
 
 
 def main(cfg: Config) -> None:
-    persona = find_persona(cfg.trait, cfg.pos, cfg.neg)
+    reading = texts.read(cfg.trait, cfg.pos, cfg.neg, cfg.n_contexts)
+    rules = Rules(cfg.min_words, cfg.max_repetition, cfg.min_diversity, cfg.max_perplexity)
     model, tok = models.load(cfg.model, cfg.device, cfg.dtype)
     lora.attach(model)
-    contexts = load_strings(models.DATA / "contexts.json", "contexts")[:cfg.n_contexts]
-    with tqdm(total=2 * len(contexts), desc="extract", leave=False) as bar:
-        vector = extract_vector(model, tok, persona, contexts, band(model, cfg.steer_layers), bar=bar)
-    with tqdm(desc="sample", unit=" completions", leave=False) as bar:
-        kept, rows = collect(model, tok, vector, load_strings(models.DATA / "prompts.json", "dilemmas"), persona, cfg, cfg.doses,
-                             cfg.n_keep, cfg.seed, bar=bar, max_new_tokens=cfg.max_new_tokens)
-    models.write_text(cfg.out, to_jsonl(kept))
-    models.write_text(cfg.out.with_suffix(".sampled.jsonl"), to_jsonl(rows))
-    print(f"kept {len(kept)} of {len(rows)} -> {cfg.out}   {dict(Counter(r['verdict'] for r in rows))}")
+    layers = band(model, cfg.steer_layers)
+    vector = extract_vector(model, tok, reading.persona, reading.contexts, layers)
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    kept, sampled = collect(model, tok, vector, reading.dilemmas, reading.persona, rules, cfg.doses,
+                            cfg.n_keep, cfg.seed, cfg.out, max_new_tokens=cfg.max_new_tokens)
+    print(f"kept {len(kept)} of {len(sampled)} -> {cfg.out}   {summary(kept, sampled)['verdicts']}")
 
 
 if __name__ == "__main__":
-    models.cli(Config, main)
+    runs.cli(Config, main)

@@ -1,0 +1,333 @@
+"""A run folder, and how a command reports a mistake.
+
+    runs/X/   config.json  events.jsonl  round_0/  round_1/ ...  trajectory.png  map.html  report.html
+    round_0/  vector.safetensors  sampled.jsonl  kept.jsonl  adapter.safetensors  events.jsonl
+
+A round exists or it does not: it is written into `round_0.tmp`, its own events with it, and appears by one rename. The top
+events.jsonl holds what belongs to no round: base, prompted, matched, ended. A killed run is resumed after its last
+finished round; all randomness is drawn from (seed, round, stage), so it ends in the same bytes (seconds aside).
+"""
+import contextlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import typing
+import zlib
+from dataclasses import asdict, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Callable, NamedTuple
+
+import tyro
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+HERE = Path(__file__).parent
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def write_bytes(path, data: bytes) -> None:
+    """Written aside and renamed: a reader, or a resumed run, never meets half a file."""
+    aside = Path(f"{path}.tmp")
+    aside.write_bytes(data)
+    os.replace(aside, path)
+
+
+def write_text(path, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+def to_jsonl(rows: list[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_jsonl(path, torn: bool = False) -> list[dict]:
+    """Rows of a JSONL file; with `torn`, a last line that never got its newline is left out.
+
+    Raises ValueError naming file and line where one is malformed.
+    """
+    *lines, last = Path(path).read_text().split("\n")  # splitlines would also cut at U+2028
+    if last and not torn:
+        lines.append(last)
+    rows = []
+    for n, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{path} line {n} is not JSON ({e.msg}); "
+                             "fix: remove or repair the line") from None
+    return rows
+
+
+# ---- flags --------------------------------------------------------------------------------------
+
+
+class Rule(NamedTuple):
+    """A range, said beside the field it holds for: `rank: Annotated[int, Rule(...)]`."""
+    holds: Callable
+    words: str
+
+
+AtLeast1 = Annotated[int, Rule(lambda n: n >= 1, "at least 1")]
+AtLeast2 = Annotated[int, Rule(lambda n: n >= 2, "at least 2, one of which is held out")]
+WholeFrom0 = Annotated[int, Rule(lambda n: n >= 0, "0 or more")]
+Seed = Annotated[int, Rule(lambda n: 0 <= n < 2**32, "0 to 4294967295")]
+Finite = Annotated[float, Rule(math.isfinite, "a finite number")]
+From0 = Annotated[float, Rule(lambda x: 0 <= x < math.inf, "a number from 0 up")]
+Above0 = Annotated[float, Rule(lambda x: 0 < x < math.inf, "a number above 0")]
+Above1 = Annotated[float, Rule(lambda x: x > 1, "above 1")]
+ZeroTo1 = Annotated[float, Rule(lambda x: 0 <= x <= 1, "0 to 1")]
+Above0To1 = Annotated[float, Rule(lambda x: 0 < x <= 1, "above 0, at most 1")]
+Rate = Annotated[float, Rule(lambda x: 0 < x < 1, "between 0 and 1, such as 3e-4")]
+Doses = Annotated[tuple[float, ...], Rule(
+    lambda doses: len(doses) > 0 and all(map(math.isfinite, doses)), "one finite number or more")]
+DepthRange = Annotated[tuple[float, float], Rule(
+    lambda at: 0 <= at[0] < at[1] <= 1,
+    "fractions of the depth, 0 <= from < to <= 1, such as 0.45 0.55")]
+
+
+def check_ranges(config) -> None:
+    """Raises ValueError for the first field of a dataclass whose value breaks its `Rule`."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    for field in fields(config):
+        value = getattr(config, field.name)
+        for rule in getattr(hints[field.name], "__metadata__", ()):
+            if isinstance(rule, Rule) and not rule.holds(value):
+                shown = " ".join(map(str, value)) or "''" if isinstance(value, tuple) else value
+                flag = field.name.replace("_", "-")
+                raise ValueError(f"--{flag} {shown} is out of range; fix: {rule.words}")
+
+
+def cli(config_class, main) -> None:
+    """Parse flags into a dataclass, run `main(config)`; a user's mistake is one line on stderr.
+
+    With --resume or --fork, what no flag says is as the earlier run had it.
+    Exit codes: 0 done, 1 bad input or data, 2 flags that do not parse (tyro's words), 130 interrupted.
+    """
+    def parse(**default):
+        return tyro.cli(config_class, prog=Path(sys.argv[0]).name, **default,
+                        description=sys.modules[main.__module__].__doc__,
+                        config=(tyro.conf.OmitArgPrefixes,))
+    try:
+        config = parse()
+        if earlier := getattr(config, "resume", None) or getattr(config, "fork", None):
+            config = parse(default=read_config(config_class, earlier))
+        check_ranges(config)
+        main(config)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, SafetensorError) as e:
+        message = " ".join(str(e).split())
+        if "fix:" not in message and not isinstance(e, ValueError):  # the system's own words
+            message += "; fix: a path that can be read and written, on a disk with room"
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)
+
+
+# ---- settings -----------------------------------------------------------------------------------
+
+UNRECORDED = ("out", "resume", "fork", "at", "device")  # where and when, nothing that changes a number
+
+
+def settings(config) -> dict:
+    """The settings as config.json keeps them: no absolute path of this machine."""
+    kept = {}
+    for name, value in asdict(config).items():
+        is_path = isinstance(value, Path) or name == "model" and Path(value).is_dir()
+        if name not in UNRECORDED:
+            kept[name] = os.path.relpath(value, HERE) if is_path else value
+    return json.loads(json.dumps(kept))  # tuples as lists, as they will be read back
+
+
+def read_config(config_class, folder: Path):
+    """The settings of a run folder as a config_class. Raises ValueError for what is not a run."""
+    file = folder / "config.json"
+    if not file.exists():
+        raise ValueError(f"{folder} is not a run folder (no config.json); "
+                         "fix: give the --out of an earlier run")
+    try:
+        found = json.loads(file.read_text())
+        for name, default in asdict(config_class()).items():
+            if isinstance(default, Path) or name == "model" and (HERE / found[name]).is_dir():
+                found[name] = type(default)(HERE / found[name])
+            elif isinstance(default, tuple):
+                found[name] = tuple(found[name])
+        return config_class(**found)
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
+        raise ValueError(f"{file} is malformed ({e}); fix: restore it, or start a new run") from None
+
+
+def refuse_other_settings(config, folder: Path, free: tuple[str, ...] = (), fix: str = "") -> None:
+    """Raises ValueError for the first setting, not in `free`, that differs from the run's."""
+    before, asked = settings(read_config(type(config), folder)), settings(config)
+    for name in asked:
+        if name not in free and asked[name] != before[name]:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} {asked[name]} was {before[name]} when {folder} began; fix: {fix}")
+
+
+def stage_seed(seed: int, round: int, stage: str) -> int:
+    """Randomness is drawn per run, round and stage: none depends on how much another drew."""
+    return zlib.crc32(f"{seed} {round} {stage}".encode())
+
+
+# ---- the run folder -----------------------------------------------------------------------------
+
+
+class Ended(ValueError):
+    """A round that cannot be finished, such as for want of data: a result, kept on record."""
+
+
+def rounds_done(folder: Path) -> int:
+    """How many rounds are finished."""
+    n = 0
+    while (folder / f"round_{n}").is_dir():
+        n += 1
+    return n
+
+
+def read_events(folder: Path) -> list[dict]:
+    """Every event of a run: base and prompted, then round after round, then matched and ended.
+
+    Raises ValueError for a folder of an earlier version of this code, or a line that is no event.
+    """
+    file = folder / "events.jsonl"
+    top = read_jsonl(file, torn=True) if file.exists() else []
+    for n, event in enumerate(top, 1):
+        if not isinstance(event, dict) or not {"stage", "round"} <= event.keys():
+            raise ValueError(f"{file} line {n} is not an event of a run; "
+                             "fix: restore the file, or start a new run")
+        if event["stage"] == "extract":  # a round's own event
+            raise ValueError(f"{folder} was written by an earlier version of this code; "
+                             "fix: start a new run, or read it with that version")
+    events = [e for e in top if e["round"] < 0]
+    for r in range(rounds_done(folder)):
+        events += read_jsonl(folder / f"round_{r}" / "events.jsonl")
+    return events + [e for e in top if e["round"] >= 0]
+
+
+class Run:
+    """A run folder that is being worked on."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.events = read_events(folder)
+        self.under_way = None  # where the round at work is written
+        self.clock = time.perf_counter()
+
+    @property
+    def rounds_done(self) -> int:
+        return rounds_done(self.folder)
+
+    def find(self, stage: str, round: int) -> dict | None:
+        """The recorded event of this stage and round."""
+        for event in self.events:
+            if (event["stage"], event["round"]) == (stage, round):
+                return event
+
+    def record(self, stage: str, round: int, **numbers) -> dict:
+        """Put an event on record, with the seconds since the one before; -> the event."""
+        now = time.perf_counter()
+        event = {"stage": stage, "round": round, **numbers, "seconds": float(f"{now - self.clock:.3g}")}
+        self.clock = now
+        self.events.append(event)
+        file = (self.under_way or self.folder) / "events.jsonl"
+        before = read_jsonl(file, torn=True) if file.exists() else []
+        write_text(file, to_jsonl([*before, event]))
+        return event
+
+    @contextlib.contextmanager
+    def new_round(self, r: int):
+        """A folder for round r, which becomes permanent, by one rename, when the block ends well.
+
+        A round that raises `Ended` leaves what it has in ended_round_r/. Anything else leaves nothing.
+        """
+        aside, forked = self.folder / f"round_{r}.tmp", self.folder / f"forked_round_{r}"
+        shutil.rmtree(aside, ignore_errors=True)  # what a killed process left
+        if forked.is_dir():
+            shutil.copytree(forked, aside)
+            self.events += read_jsonl(aside / "events.jsonl")
+        else:
+            aside.mkdir()
+        self.under_way = aside
+        try:
+            yield aside
+            shutil.rmtree(forked, ignore_errors=True)  # first: lost, it is sampled again to the same bytes
+            os.replace(aside, self.folder / f"round_{r}")
+        except Ended as e:
+            ended = self.folder / f"ended_round_{r}"
+            shutil.rmtree(ended, ignore_errors=True)
+            os.replace(aside, ended)
+            self.under_way = None
+            self.record("ended", r, why=str(e))
+            raise
+        finally:
+            self.under_way = None
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def copy_for_fork(source: Path, at: int, folder: Path) -> None:
+    """The first `at` rounds of a run, and of its round `at` all that came before healing."""
+    if at >= rounds_done(source):
+        raise ValueError(f"--at {at}: {source} has {rounds_done(source)} finished rounds, counted "
+                         f"from 0; fix: at most {rounds_done(source) - 1}")
+    for r in range(at):
+        shutil.copytree(source / f"round_{r}", folder / f"round_{r}")
+    forked = folder / f"forked_round_{at}"
+    forked.mkdir()
+    for name in ("vector.safetensors", "sampled.jsonl", "kept.jsonl"):
+        shutil.copyfile(source / f"round_{at}" / name, forked / name)
+    unhealed = [e for e in read_jsonl(source / f"round_{at}" / "events.jsonl")
+                if e["stage"] in ("extract", "distil", "steered")]
+    write_text(forked / "events.jsonl", to_jsonl(unhealed))
+    top = [e for e in read_events(source) if e["stage"] in ("base", "prompted")]
+    origin = {"stage": "forked", "round": -1, "run": source.name, "at": at}
+    write_text(folder / "events.jsonl", to_jsonl([*top, origin]))
+
+
+@contextlib.contextmanager
+def begin(config, name: str, downstream: tuple[str, ...] = ()):
+    """The run folder of a config with out, resume, fork and at: made, locked and yielded as a `Run`.
+
+    name: of a folder that --out does not name. downstream: settings that a fork may change.
+    Raises ValueError for a taken folder, another process at work, or settings that do not fit.
+    """
+    folder = config.resume or config.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}_{name}"
+    if config.resume:
+        refuse_other_settings(config, folder, fix="resume without the flag, or --fork the run")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--out {folder} is not empty; fix: another folder, or --resume {folder}")
+    if config.fork:
+        refuse_other_settings(config, config.fork, downstream, "a fork shares what comes before "
+                              f"healing; start a new run, or change only {', '.join(downstream)}")
+    again = f"python heal_loop.py --resume {folder}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock").acquire(timeout=0):
+            if config.fork and not config.resume:
+                copy_for_fork(config.fork, config.at, folder)
+            if not config.resume:
+                write_text(folder / "config.json", json.dumps(settings(config), indent=2) + "\n")
+            run = Run(folder)
+            if any(e["stage"] == "ended" for e in run.events):  # it is tried again
+                run.events = [e for e in run.events if e["stage"] != "ended"]
+                top = read_jsonl(folder / "events.jsonl", torn=True)
+                write_text(folder / "events.jsonl", to_jsonl([e for e in top if e["stage"] != "ended"]))
+            yield run
+    except Timeout:
+        raise ValueError(f"another process is at work in {folder}; "
+                         "fix: wait for it, or choose another --out") from None
+    except OSError as e:
+        if not (folder / "config.json").exists():
+            raise
+        raise OSError(f"{e}; nothing finished is lost; "
+                      f"fix: free space or permissions, then {again}") from None
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; go on with: {again}", file=sys.stderr)
+        raise

@@ -1,0 +1,233 @@
+"""Batched decoding and scoring: a key-value cache, sample, score, completion_states, logits.
+
+    tokens = sample(model, tok, [prompt] * 3, vector, doses=[0, 2, 4])      # one dose per row
+    logp = score(model, prompts, completions)                               # per token, nats
+
+Rows of one batch may have different lengths, doses and prompts; equal prompts are run once.
+"""
+import contextlib
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers.cache_utils import Cache, DynamicLayer
+
+from steer import SteeringVector, check_room, left_pad
+
+
+class RoomyLayer(DynamicLayer):
+    """A key-value cache layer with spare room: a new token is written in place, nothing is copied."""
+    room = None  # keys and values [2][batch, heads, capacity, head_dim]
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        old, new = self.get_seq_length(), key_states.shape[-2]
+        if self.room is None or old + new > self.room[0].shape[-2]:
+            before = (self.keys, self.values)
+            self.room = [s.new_empty(*s.shape[:-2], old + new + 64, s.shape[-1])
+                         for s in (key_states, value_states)]
+            for room, kept in zip(self.room, before):
+                if old:
+                    room[..., :old, :] = kept
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        for room, s in zip(self.room, (key_states, value_states)):
+            room[..., old:old + new, :] = s
+        self.keys, self.values = (room[..., :old + new, :] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        length = self.get_seq_length()
+        self.room = [room[indices] for room in self.room]
+        self.keys, self.values = (room[..., :length, :] for room in self.room)
+
+
+# ---- from hidden states to words ----------------------------------------------------------------
+
+
+def logits(model, hidden: torch.Tensor) -> torch.Tensor:
+    """The vocabulary projection of final hidden states [n, d_model] -> [n, vocab], in the model's dtype.
+
+    Called on the positions somebody reads, and on two dimensions: for a strided [batch, 1, d_model]
+    slice torch would copy the projection once per row.
+    """
+    z = model.get_output_embeddings()(hidden)
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2
+    return z if cap is None else cap * torch.tanh(z / cap)
+
+
+def token_logp(model, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each token at its final hidden state: [n, d_model], [n] -> [n], float32 nats.
+
+    128 positions of logits at a time.
+    """
+    parts = []
+    for h, t in zip(hidden.split(128), tokens.split(128)):
+        logp = logits(model, h).float().log_softmax(-1)  # [128, vocab]
+        parts.append(logp.gather(1, t[:, None])[:, 0])
+    return torch.cat(parts)
+
+
+def next_token(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k: int,
+               top_p: float) -> torch.Tensor:
+    """One token per row, [batch], by inverse CDF at the uniform draws u [batch]; temperature 0 is greedy.
+
+    The nucleus is taken over the top_k logits that are left (as transformers composes the two), so only
+    top_k entries are ever sorted. One draw per row keeps a row's tokens independent of its batch.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    top, tokens = logits.topk(min(top_k, logits.shape[-1]))  # sorted, descending
+    p = (top.float() / temperature).softmax(-1)
+    p = p * (p.cumsum(-1) - p < top_p)  # smallest set whose mass reaches top_p
+    cdf = p.cumsum(-1)
+    choice = (cdf < u[:, None] * cdf[:, -1:]).sum(-1, keepdim=True)
+    return tokens.gather(-1, choice)[:, 0]
+
+
+# ---- from words to hidden states ----------------------------------------------------------------
+
+
+def prefill(model, prompts: list[list[int]], layer: type[DynamicLayer]):
+    """Run prompts up to their last token, equal ones once.
+
+    -> the cache, and per prompt its last token [batch], mask [batch, longest] and the last token's
+    position [batch]. The mask includes the last token, which is not run: it may be steered.
+    """
+    unique = list(dict.fromkeys(map(tuple, prompts)))
+    place = {prompt: k for k, prompt in enumerate(unique)}
+    rows = torch.tensor([place[tuple(p)] for p in prompts], device=model.device)
+    ids, mask, positions = left_pad(list(map(list, unique)), model.device)
+    cache = Cache(layer_class_to_replicate=layer)
+    if ids.shape[1] > 1:
+        model.get_decoder()(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True,
+                            position_ids=positions[:, :-1], past_key_values=cache)
+        cache.batch_select_indices(rows)
+    return cache, ids[rows, -1], mask[rows], positions[rows, -1]
+
+
+def completion_states(model, prompts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
+    """Final hidden states at the positions that predict the completions' tokens, [Σ tokens, d_model].
+
+    Equal prompts are run once, gradients included. Completions are padded on the right, where a causal
+    model never looks. Prompt and completion are joined as ids: text tokenised in one piece could merge
+    across the boundary.
+    """
+    cache, last, mask, position = prefill(model, prompts, DynamicLayer)
+    longest = max(map(len, completions))
+    shifted = [c[:-1] + [0] * (longest - len(c)) for c in completions]  # token t predicts token t + 1
+    shifted = torch.tensor(shifted, dtype=torch.long, device=model.device)
+    out = model.get_decoder()(
+        input_ids=torch.cat([last[:, None], shifted], 1),
+        attention_mask=F.pad(mask, (0, longest - 1), value=1),
+        position_ids=position[:, None] + torch.arange(longest, device=model.device),
+        past_key_values=cache, use_cache=True)
+    states = out.last_hidden_state  # [batch, longest, d_model]
+    return torch.cat([h[:len(c)] for h, c in zip(states, completions)])
+
+
+@torch.no_grad()
+def score(model, prompts: list[list[int]], completions: list[list[int]],
+          batch_size: int = 32) -> list[torch.Tensor]:
+    """Log-probability of each completion token given all before it, nats.
+
+    -> one [len(completion)] float32 tensor each; an empty completion has none.
+    """
+    out = [torch.empty(0)] * len(prompts)
+    order = sorted((i for i, c in enumerate(completions) if c),
+                   key=lambda i: (len(prompts[i]), prompts[i], len(completions[i])))
+    for start in range(0, len(order), batch_size):
+        rows = order[start:start + batch_size]
+        states = completion_states(model, [prompts[i] for i in rows], [completions[i] for i in rows])
+        targets = torch.tensor([t for i in rows for t in completions[i]], device=model.device)
+        logp = token_logp(model, states, targets).cpu()
+        for i, lp in zip(rows, logp.split([len(completions[i]) for i in rows])):
+            out[i] = lp
+    return out
+
+
+# ---- sampling -----------------------------------------------------------------------------------
+
+
+def stop_tokens(model, tok) -> list[int]:
+    """The tokens that end a turn."""
+    stop = model.generation_config.eos_token_id
+    return [stop] if isinstance(stop, int) else list(stop or [tok.eos_token_id])
+
+
+@torch.no_grad()
+def sample(model, tok, prompts: list[list[int]], vector: SteeringVector | None = None, doses=None,
+           max_new_tokens: int = 64, temperature: float = 1.0, top_k: int = 64, top_p: float = 0.95,
+           batch_size: int = 96, seed: int = 0) -> list[list[int]]:
+    """Sample one completion per prompt; -> lists of new token ids, the end token dropped.
+
+    prompts: token ids from `chat_ids`. doses: one float per prompt, for `vector`, which acts from the
+    assistant tag on; the prompt before it is unsteered, so equal prompts are run once for all doses.
+    Row i draws from its own stream (seed, i): its tokens do not depend on batch_size.
+    Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context.
+    """
+    check_room(model, max(map(len, prompts), default=0), max_new_tokens)
+    decoder, device = model.get_decoder(), model.device
+    stop = torch.tensor(stop_tokens(model, tok), device=device)
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand(len(prompts), max_new_tokens, generator=generator)  # [row, step]
+    doses = torch.zeros(len(prompts)) if doses is None else torch.as_tensor(doses, dtype=torch.float32)
+    out: list[list[int]] = [[] for _ in prompts]
+
+    # equal prompts, and prompts of like length, share a batch
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
+    for start in tqdm(range(0, len(order), batch_size), "sample", leave=False, disable=None):
+        # 1. run the prompts up to the assistant tag
+        rows = order[start:start + batch_size]  # the prompts that are still running
+        cache, token, mask, position = prefill(model, [prompts[i] for i in rows], RoomyLayer)
+        running = torch.ones(len(rows), dtype=torch.bool)
+        for t in range(max_new_tokens):
+            # 2. run the newest token, steered, on top of the cache
+            steered = vector.at(model, doses[rows]) if vector else contextlib.nullcontext()
+            with steered:
+                h = decoder(input_ids=token[:, None], attention_mask=mask, past_key_values=cache,
+                            position_ids=position[:, None], use_cache=True).last_hidden_state[:, -1]
+            # 3. draw the next one
+            u = draws[rows, t].to(device)
+            token = next_token(logits(model, h), u, temperature, top_k, top_p)
+            # 4. a row that draws a stop token is done; the others keep what they drew
+            running &= ~torch.isin(token, stop).cpu()
+            for i, new, runs in zip(rows, token.tolist(), running.tolist()):
+                if runs:
+                    out[i].append(new)
+            if not running.any():
+                break
+            mask, position = F.pad(mask, (0, 1), value=1), position + 1
+            # 5. finished rows leave; regathering the cache costs about a step, so wait until it pays
+            if running.float().mean() <= 0.875:
+                keep = running.nonzero()[:, 0]
+                rows, running = [rows[k] for k in keep.tolist()], running[keep]
+                keep = keep.to(device)
+                cache.batch_select_indices(keep)
+                token, mask, position = token[keep], mask[keep], position[keep]
+    return out
+
+
+# ---- what a text looks like ---------------------------------------------------------------------
+
+
+def perplexity(logp: torch.Tensor, tail: float = 1.0) -> float:
+    """exp of the mean negative log-probability over the last `tail` share of the tokens.
+
+    Infinite for no tokens.
+    """
+    if not len(logp):
+        return math.inf
+    return math.exp(-logp[-max(1, int(len(logp) * tail)):].mean())
+
+
+def repetition(text: str) -> float:
+    """Share of n-grams that repeat an earlier one, the largest over words n = 2..4 and 8 characters.
+
+    In [0, 1): 0 for text without repeats, towards 1 for a loop. Words alone miss "TTTTTT" and "!!!!".
+    """
+    def repeated(items, n):
+        grams = list(zip(*(items[k:] for k in range(n))))
+        return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    words = re.findall(r"\w+|[^\w\s]", text.lower())
+    return max(repeated(words, 2), repeated(words, 3), repeated(words, 4), repeated(text.lower(), 8))
