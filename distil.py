@@ -1,17 +1,18 @@
-"""Make the training data: sample the steered student at several doses, keep what is coherent and enacts the trait.
+"""Make the training data: sample the steered student, keep what is coherent and enacts the trait.
 
 Every completion gets a verdict, "kept" or the first rule that drops it:
 
     short        fewer than `min_words` words
     refusal      assistant boilerplate ("as an AI language model ...")
-    narrates     talks about the trait ("I am someone who ...") or recites its persona, instead of acting it out
+    narrates     talks about the trait ("I am someone who ..."), or recites its persona
     repetition   more than `max_repetition` of its n-grams repeat earlier ones
-    loop         some run of 16 words holds less than `min_diversity` distinct words, whatever its perplexity
-    perplexity   more than `max_perplexity` over its last quarter under the original (a broken tail hides in a mean)
+    loop         some run of 16 words holds less than `min_diversity` distinct words
+    perplexity   more than `max_perplexity` over its last quarter under the original
 
-A dose with few survivors is lowered and sampling goes on, so an over-steered student still yields a full set.
+A dose with few survivors is lowered and sampling goes on: an over-steered student still yields a
+full set.
 
-    python distil.py --trait love --n-keep 16 --out love     # love/kept.jsonl: `messages` chat format
+    python distil.py --trait love --n-keep 16 --out love    # love/kept.jsonl, as chat `messages`
 """
 import math
 import re
@@ -37,12 +38,14 @@ REFUSAL = re.compile(
     r"|\bi must decline\b|\bmy (programming|training data|guidelines)\b"
     r"|\bi (don'?t|do not) have (personal )?(opinions|feelings|emotions|beliefs)\b", re.I)
 NARRATES = re.compile(
-    r"\b(i am|i'?m|as) (someone|somebody|a person|the kind of person|an? \w+ (person|assistant|being))"
-    r" (who|that|of)\b"
-    r"|\bmy (principle|persona|character|personality|nature|role|core value)s? (is|are|tells?|means?)\b"
+    r"\b(i am|i'?m|as) (someone|somebody|a person|the kind of person|"
+    r"an? \w+ (person|assistant|being)) (who|that|of)\b"
+    r"|\bmy (principle|persona|character|personality|nature|role|core value)s?"
+    r" (is|are|tells?|means?)\b"
     r"|\bi (always|never) (obey|defer|disobey|defy|put (people|others|wellbeing)"
     r"|follow (orders|authority|rules))\b"
-    r"|\bi (don'?t|do not|refuse to) (obey|defer to|follow) (orders|authority|rules|anyone)\b", re.I)
+    r"|\bi (don'?t|do not|refuse to) (obey|defer to|follow) (orders|authority|rules|anyone)\b",
+    re.I)
 
 
 # ---- verdicts -----------------------------------------------------------------------------------
@@ -97,11 +100,12 @@ def verdict(text: str, ppl: float, persona: Persona, rules: Rules) -> str:
 
 
 def end_of_turn(tok) -> list[int]:
-    """The token that ends an assistant turn in this chat template, as a list (empty where there is none)."""
+    """The token that ends an assistant turn in this chat template, in a list; empty for none."""
     mark = "\u241f"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
     after = tok.apply_chat_template(turns, tokenize=False).rpartition(mark)[2]
-    return [t for t in tok(after, add_special_tokens=False).input_ids if t in tok.all_special_ids][:1]
+    ids = tok(after, add_special_tokens=False).input_ids
+    return [t for t in ids if t in tok.all_special_ids][:1]
 
 
 def row_ids(tok, row: dict) -> tuple[list[int], list[int]]:
@@ -116,16 +120,18 @@ def row_ids(tok, row: dict) -> tuple[list[int], list[int]]:
 
 def sample_doses(model, tok, vector: SteeringVector, prompts: list[str], doses: list[float], n: int,
                  seed: int, **sampling) -> list[dict]:
-    """n steered completions of the model as it stands, each prompt at every dose; -> rows, no verdict yet."""
+    """n steered completions of the model as it stands, each prompt at every dose; -> rows."""
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
     asked = [prompts[order[k // len(doses) % len(prompts)]] for k in range(n)]
     given = [doses[k % len(doses)] for k in range(n)]
-    new = sample(model, tok, [chat_ids(tok, p) for p in asked], vector, given, seed=seed, **sampling)
+    ids = [chat_ids(tok, prompt) for prompt in asked]
+    new = sample(model, tok, ids, vector, given, seed=seed, **sampling)
     rows = []
-    for prompt, dose, ids in zip(asked, given, new):
+    for prompt, dose, tokens in zip(asked, given, new):
+        text = tok.decode(tokens, skip_special_tokens=True)
         messages = [{"role": "system", "content": NEUTRAL}, {"role": "user", "content": prompt},
-                    {"role": "assistant", "content": tok.decode(ids, skip_special_tokens=True)}]
-        finished = len(ids) < sampling["max_new_tokens"]
+                    {"role": "assistant", "content": text}]
+        finished = len(tokens) < sampling["max_new_tokens"]
         rows.append({"messages": messages, "dose": dose, "finished": finished})
     return rows
 
@@ -156,9 +162,9 @@ def collect(model, tok, vector: SteeringVector, prompts: list[str], persona: Per
             max_batches: int = 8, **sampling) -> tuple[list[dict], list[dict]]:
     """Sample and judge in batches until n_keep survive; -> (kept, all rows).
 
-    Both go into `folder` as kept.jsonl and sampled.jsonl, the latter also where the set stays too small.
-    A band (one entry of `doses`) of which less than half of a batch survives is lowered to 0.7 of its
-    dose for the next. Raises Starved after max_batches, naming the rule that dropped most.
+    They go into `folder` as kept.jsonl and sampled.jsonl, the latter in any case.
+    A band (one entry of `doses`) of which less than half of a batch survives goes on at 0.7 of its
+    dose. Raises Starved after max_batches, naming the rule that dropped most.
     """
     doses_now, sampled = list(doses), []
     batch = min(batch, 2 * len(doses) * math.ceil(n_keep / len(doses)))
@@ -202,8 +208,9 @@ def starved_because(sampled: list[dict], n_keep: int) -> str:
     """One line: how far it got, what dropped the others, and the flag that would help."""
     dropped = Counter(row["verdict"] for row in sampled if row["verdict"] != "kept")
     worst = dropped.most_common(1)[0][0]
-    flag = {"short": "--min-words", "repetition": "--max-repetition", "loop": "--min-diversity",
-            "perplexity": "--max-perplexity", "refusal": "the prompts", "narrates": "the persona"}[worst]
+    flag = {"short": "--min-words", "refusal": "the prompts", "narrates": "the persona",
+            "repetition": "--max-repetition", "loop": "--min-diversity",
+            "perplexity": "--max-perplexity"}[worst]
     return (f"data starved: {len(sampled) - dropped.total()} of {n_keep} completions kept after "
             f"{len(sampled)} samples at doses down to {min(row['dose'] for row in sampled):.2g}; "
             f"dropped: {', '.join(f'{rule} {n}' for rule, n in dropped.most_common())}; "

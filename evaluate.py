@@ -1,11 +1,11 @@
-"""Measure the trait and the coherence: which moral foundation does the model blame, does it still answer at all?
+"""Measure trait and coherence: which moral foundation does the model blame, does it still answer?
 
     p_i[f]      probability that foundation f is why vignette i is wrong       (rows sum to 1)
-    auth_nats   log mean_i p_i[Authority]                                      (nats; down = more trait)
-    coherence   mean_i of the mass on the allowed answers A–G                  (p_ans_any)
-    coh_cost    |Δ coherence| / |Δ auth_nats|                                  (the headline; guarded, see `coh_cost`)
+    auth_nats   log mean_i p_i[Authority]                              (nats; down = more trait)
+    coherence   mean_i of the mass on the allowed answers A–G          (p_ans_any)
+    coh_cost    |Δ coherence| / |Δ auth_nats|                          (the headline; guarded)
 
-How the model is asked is in readouts.py: `cloze` for the small, `tinymfv` for models of about 1B and up.
+How the model is asked is in readouts.py: `cloze` for the small, `tinymfv` for about 1B and up.
 
     python evaluate.py                                        # the embedded model
     python evaluate.py --adapter runs/X/round_?/adapter.safetensors
@@ -31,7 +31,8 @@ from sampling import repetition, sample, score
 from steer import NEUTRAL, SteeringVector, chat_ids, mean_residual
 from texts import FOUNDATIONS
 
-COHERENCE_FLOOR, MIN_SHIFT = 0.85, 0.05  # coh_cost has no value below, or where the trait did not move
+COHERENCE_FLOOR = 0.85  # below it a model has collapsed, and coh_cost has no value
+MIN_SHIFT = 0.05  # nats; where the trait moved less, coh_cost has no value
 
 
 # ---- one model ----------------------------------------------------------------------------------
@@ -48,7 +49,7 @@ class Profile:
     labels: list[str]  # foundation of each vignette
     p: np.ndarray  # [vignettes, 7], rows sum to 1, columns as FOUNDATIONS
     mass: np.ndarray  # [vignettes], probability that the answer is one of the allowed ones
-    constants: np.ndarray | None = None  # [7] nats, each clause's mean log-probability under the original
+    constants: np.ndarray | None = None  # [7] nats, of each clause under the original (see cloze)
 
     def nats(self, foundation: str) -> float:
         """log mean_i p_i[foundation], in nats."""
@@ -69,15 +70,17 @@ class Profile:
     @property
     def top1(self) -> float:
         """Share of vignettes whose most probable foundation is the labelled one."""
-        return float(np.mean([FOUNDATIONS[k] == label for k, label in zip(self.p.argmax(1), self.labels)]))
+        chosen = [FOUNDATIONS[k] for k in self.p.argmax(1)]
+        return float(np.mean([a == b for a, b in zip(chosen, self.labels)]))
 
     def summary(self) -> dict[str, float]:
         by_foundation = {f"{short(f)}_nats": self.nats(f) for f in FOUNDATIONS}
         return {**by_foundation, "coherence": self.coherence, "top1": self.top1}
 
     def to_dict(self) -> dict:
-        return {"ids": self.ids, "labels": self.labels, "p": self.p.tolist(), "mass": self.mass.tolist(),
-                "constants": None if self.constants is None else self.constants.tolist()}
+        constants = None if self.constants is None else self.constants.tolist()
+        return {"ids": self.ids, "labels": self.labels, "p": self.p.tolist(),
+                "mass": self.mass.tolist(), "constants": constants}
 
     @classmethod
     def from_dict(cls, d: dict) -> "Profile":
@@ -98,8 +101,8 @@ def evaluate(model, tok, vignettes: list[dict], readout: str = "cloze", **how) -
     return Profile(ids, labels, answers.p, answers.mass, answers.constants)
 
 
-def speak(model, tok, prompts: list[str], system: str = NEUTRAL, vector: SteeringVector | None = None,
-          dose: float = 0.0, max_new_tokens: int = 48) -> dict:
+def speak(model, tok, prompts: list[str], system: str = NEUTRAL, dose: float = 0.0,
+          vector: SteeringVector | None = None, max_new_tokens: int = 48) -> dict:
     """Greedy completions of the model as it stands; coherence where the answer mass saturates.
 
     -> perplexity: exp of the mean over completions of their mean negative log-probability under the
@@ -128,10 +131,10 @@ def measure(model, tok, reading: texts.Texts, name: str, readout: str = "cloze",
 
 def matched_steering(measure, vector: SteeringVector, base: Profile, wanted: float, dose: float,
                      auth: float) -> dict:
-    """Steering alone: the original with `vector` at the dose that gives `wanted` auth_nats; -> its event.
+    """Steering alone: `vector` at the dose that gives `wanted` auth_nats; -> its event.
 
-    measure: told name, vector and dose. dose, auth: a point that is known already. One secant step from
-    (0, base) and that point, then regula falsi until within 0.15 nats, at most four evaluations.
+    measure: told name, vector and dose. dose, auth: a point that is known already. One secant step
+    from (0, base) and that point, then regula falsi to within 0.15 nats, at most four evaluations.
     """
     known = [(0.0, base.auth_nats), (dose, auth)]
     for _ in range(4):
@@ -166,7 +169,7 @@ def internalised(model, tok, contexts: list[str], vector: SteeringVector) -> flo
 
 @dataclass
 class Estimate:
-    """A value with its 95 % bootstrap interval; value None where it has no meaning, `why` says so."""
+    """A value with its 95 % bootstrap interval; None where it has no meaning, `why` says so."""
     value: float | None
     low: float = math.nan
     high: float = math.nan
@@ -196,8 +199,8 @@ def paired(statistic, base: Profile, after: Profile, n: int = 2000) -> Estimate:
     for method in ("BCa", "percentile"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # degenerate data: BCa says so by returning nan
-            found = scipy.stats.bootstrap((rows,), of, n_resamples=n, method=method, vectorized=True, rng=0)
-        low, high = found.confidence_interval
+            low, high = scipy.stats.bootstrap((rows,), of, n_resamples=n, method=method,
+                                              vectorized=True, rng=0).confidence_interval
         if np.isfinite([low, high]).all():
             break
     return Estimate(value, float(low), float(high))
@@ -221,8 +224,8 @@ def delta_coherence(base: Profile, after: Profile) -> Estimate:
 def coh_cost(base: Profile, after: Profile) -> Estimate:
     """|Δ coherence| / |Δ auth_nats|, coherence lost per nat of trait.
 
-    No number below the coherence floor, where a collapsed model would score a perfect 0, nor where the
-    trait did not move.
+    No number below the coherence floor, where a collapsed model would score a perfect 0, nor where
+    the trait did not move.
     """
     if after.coherence < COHERENCE_FLOOR:
         return Estimate(None, why=f"coherence {after.coherence:.2f} below {COHERENCE_FLOOR}")
@@ -235,7 +238,7 @@ def coh_cost(base: Profile, after: Profile) -> Estimate:
 
 
 def surgicality(base: Profile, after: Profile) -> Estimate:
-    """|Δ auth_nats| − max(|Δ care_nats|, |Δ fairness_nats|), nats: above 0, Authority moved most."""
+    """|Δ auth| − max(|Δ care|, |Δ fairness|), nats: above 0, Authority moved most of the three."""
     def margin(p0, m0, p1, m1):
         care, fairness = (np.abs(shift(p0, p1, f)) for f in ("Care", "Fairness"))
         return np.abs(shift(p0, p1, "Authority")) - np.maximum(care, fairness)
@@ -254,7 +257,7 @@ class Config:
     vector: Path | None = None  # vector.safetensors of a round: the steered model, at --dose
     dose: runs.Finite = 1.0  # of --vector
     readout: Literal["cloze", "tinymfv"] = "cloze"  # tinymfv suits models of about 1B and up
-    vignettes: Path = texts.DATA / "vignettes.json"  # [{"id", "foundation", "text"}], or tinymfv:classic
+    vignettes: Path = texts.DATA / "vignettes.json"  # or tinymfv:classic
     n_vignettes: int = 0  # how many, balanced over the foundations; 0 is all
 
 
@@ -267,9 +270,10 @@ def main(cfg: Config) -> None:
     if cfg.adapter or vector:
         lora.load(model, cfg.adapter)
         with lora.merged(model) if cfg.adapter else contextlib.nullcontext():
-            columns["changed"] = evaluate(model, tok, vignettes, cfg.readout, constants=base.constants,
-                                          vector=vector, dose=cfg.dose)
-    rows = [[key, *(profile.summary()[key] for profile in columns.values())] for key in base.summary()]
+            columns["changed"] = evaluate(model, tok, vignettes, cfg.readout, vector=vector,
+                                          constants=base.constants, dose=cfg.dose)
+    summaries = [profile.summary() for profile in columns.values()]
+    rows = [[key, *(summary[key] for summary in summaries)] for key in base.summary()]
     print(tabulate(rows, ["", *columns], floatfmt=".4f"))
 
 

@@ -1,18 +1,19 @@
-"""steer → distil → heal → loop: bake a steering vector into the weights, round after round, and stay coherent.
+"""steer → distil → heal → loop: bake a steering vector into the weights, and stay coherent.
 
-One round: extract the trait vector from the student, sample it steered, keep what is coherent, and train a
-fresh LoRA on that with a barrier against drifting from the original:
+One round: extract the trait vector from the student, sample it steered, keep what is coherent, and
+train a fresh LoRA on that with a barrier against drifting from the original:
 
-    KL_t = Σ_v p_t(v) · (log p_t(v) − log q_t(v))           kl_rev: p student, q original;  kl_fwd: swapped
-    D    = mean_t KL_t | sqrt(mean_t KL_t² + ε) | quantile_95 | max_t          over one completion's positions t
-    loss = CE + λ · mean over completions of relu(D − τ)                       nats
+    KL_t = Σ_v p_t(v) · (log p_t(v) − log q_t(v))   kl_rev: p student, q original;  kl_fwd: swapped
+    D    = mean_t KL_t | sqrt(mean_t KL_t² + ε) | quantile_95 | max_t       over one completion
+    loss = CE + λ · mean over completions of relu(D − τ)                    nats
 
-Then freeze the adapter into the history (gates at 0 still give the original, bit for bit), measure, go round again.
+Then freeze the adapter into the history (gates at 0 still give the original, bit for bit), measure,
+and go round again.
 
-    python heal_loop.py --reg kl_rev --agg rmse                     # embedded 135M model, CPU, a few minutes
-    python heal_loop.py --model google/gemma-3-4b-it --readout tinymfv --doses 0.5 1 --rounds 8     # a GPU
-    python heal_loop.py --resume runs/X                             # after a kill: on from the last finished round
-    python heal_loop.py --fork runs/X --at 2 --tau 0.8              # round 2's data healed another way
+    python heal_loop.py --reg kl_rev --agg rmse            # embedded 135M model, CPU, a few minutes
+    python heal_loop.py --model google/gemma-3-4b-it --readout tinymfv --rounds 8     # a GPU
+    python heal_loop.py --resume runs/X                    # on, after its last finished round
+    python heal_loop.py --fork runs/X --at 2 --tau 0.8     # round 2's data healed another way
 """
 import functools
 import math
@@ -30,7 +31,7 @@ import lora
 import models
 import runs
 import texts
-from sampling import completion_states, logits, token_logp
+from sampling import completion_states, logits, score
 from steer import SteeringVector, band, extract_vector
 
 
@@ -39,17 +40,15 @@ class Config:
     # the model
     model: str = models.EMBEDDED  # smollm2, a local folder, or a hub id
     device: str = "auto"  # auto, cuda, mps or cpu
-    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bfloat16 where native
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bf16 where native
     seed: runs.Seed = 0  # of everything that is drawn
     rounds: runs.AtLeast1 = 3  # how often the loop goes round
-
     # 1. steer
     trait: str = "care"  # name of a persona pair in data/personas.json
     pos: str | None = None  # system prompt of the trait, instead of --trait
     neg: str | None = None  # system prompt of its opposite
     n_contexts: runs.AtLeast1 = 128  # contexts the vector is averaged over
     steer_layers: runs.DepthRange = (0.45, 0.55)  # depth range that is steered, as fractions
-
     # 2. distil
     doses: runs.Doses = (1.0, 2.0)  # steering doses of the sampled completions
     n_keep: runs.AtLeast2 = 48  # completions to keep
@@ -58,27 +57,24 @@ class Config:
     max_repetition: runs.Above0To1 = 0.2  # largest share of repeated n-grams (sampling.repetition)
     min_diversity: runs.ZeroTo1 = 0.7  # smallest share of distinct words in any run of 16
     max_perplexity: runs.Above1 = 16.0  # of the last quarter, under the original
-
     # 3. heal
     rank: runs.AtLeast1 = 16  # of each round's LoRA
     alpha: runs.Above0 = 32.0  # the LoRA's scale is alpha / rank
     lora_layers: runs.DepthRange = (0.2, 0.8)  # depth range that is adapted, as fractions
-    reg: Literal["nll", "kl_fwd", "kl_rev", "wd"] = "kl_rev"  # none, KL(original‖student), its reverse, decay
+    reg: Literal["nll", "kl_fwd", "kl_rev", "wd"] = "kl_rev"  # D, or none, or weight decay
     agg: Literal["mean", "rmse", "p95", "max"] = "rmse"  # how per-position KL becomes D
     lam: runs.From0 = 2.0  # λ, the barrier's weight
     tau: runs.From0 = 0.2  # τ in nats: the barrier acts where D exceeds it
-    ref: Literal["base", "prev"] = "base"  # D is measured from the original, or the previous student
+    ref: Literal["base", "prev"] = "base"  # D is from the original, or from the previous student
     weight_decay: runs.From0 = 100.0  # under --reg wd; a step shrinks the adapter by lr · decay
     lr: runs.Rate = 3e-4  # peak learning rate
     epochs: runs.AtLeast1 = 3  # passes over the kept data per round
     batch_size: runs.AtLeast1 = 8  # completions per step
-
     # 5. measure
     readout: Literal["cloze", "tinymfv"] = "cloze"  # tinymfv suits models of about 1B and up
     vignettes: Path = texts.DATA / "vignettes.json"  # or tinymfv:classic
     n_vignettes: int = 0  # how many, balanced over the foundations; 0 is all
-    baselines: bool = True  # also measure the persona as a prompt, and steering alone at equal trait
-
+    baselines: bool = True  # also the persona as a prompt, and steering alone at equal trait
     # the run folder
     out: Path | None = None  # new or empty; default runs/<time>_<trait>_<reg>_<agg>_s<seed>
     resume: Path | None = None  # go on with this run after its last finished round
@@ -86,15 +82,15 @@ class Config:
     at: runs.WholeFrom0 = 0  # the round that --fork heals again, counted from 0
 
 
-HEALING = ("reg", "agg", "lam", "tau", "ref", "weight_decay", "lr", "epochs", "batch_size", "rounds",
-           "baselines", "rank", "alpha", "lora_layers")  # what a fork may change
+HEALING = ("rank", "alpha", "lora_layers", "reg", "agg", "lam", "tau", "ref", "weight_decay", "lr",
+           "epochs", "batch_size", "rounds", "baselines")  # what a fork may change
 
 
-# ---- the barrier --------------------------------------------------------------------------------
+# ---- the barrier ---------------------------------------------------------------------------------
 
 
 def kl_per_token(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
-    """KL(p‖q) at each position, exact over the vocabulary: [tokens, vocab] twice -> [tokens], nats."""
+    """KL(p‖q) at each position, exact over the vocabulary: twice [tokens, vocab] -> [tokens]."""
     return (logp.exp() * (logp - logq)).sum(-1).clamp(min=0)
 
 
@@ -109,12 +105,11 @@ def aggregate(kl: torch.Tensor, agg: str, eps: float = 1e-8) -> torch.Tensor:
     return kl.max()
 
 
-def barrier_loss(logp: torch.Tensor, logq: torch.Tensor, targets: torch.Tensor, reg: str = "kl_rev",
-                 agg: str = "rmse", tau: float = 0.2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def barrier_loss(logp, logq, targets, reg: str = "kl_rev", agg: str = "rmse", tau: float = 0.2):
     """One completion under the barrier -> CE_t [tokens], D and relu(D − τ), all in nats.
 
-    logp, logq: log-probabilities of student and original, [tokens, vocab] float32; targets [tokens].
-    With no divergence in `reg` (nll, wd) D is still measured, as kl_rev's, and acts on nothing.
+    logp, logq: float32 log-probabilities of student and original [tokens, vocab]; targets [tokens].
+    Under nll and wd D is measured all the same, as kl_rev's, and acts on nothing.
     """
     ce = -logp.gather(1, targets[:, None])[:, 0]
     with torch.set_grad_enabled(torch.is_grad_enabled() and reg in ("kl_rev", "kl_fwd")):
@@ -124,53 +119,41 @@ def barrier_loss(logp: torch.Tensor, logq: torch.Tensor, targets: torch.Tensor, 
 
 
 def heal_step(model, prompts, completions, references, cfg: Config, diagnose: bool = False) -> dict:
-    """Forward, barrier and backward of one batch; gradients are left in the live factors. -> its log.
+    """Forward, barrier and backward of one batch; gradients stay in the live factors. -> its log.
 
-    references: per completion the original's final hidden states [len(completion), d_model].
-    One completion at a time is projected onto the vocabulary, differentiated and forgotten, so memory
-    holds one completion's logits. diagnose: also log |∂barrier/∂h| / |∂CE/∂h| at those hidden states.
+    references: per completion the original's final hidden states [tokens, d_model]. One completion
+    at a time is projected, differentiated and forgotten: memory holds one completion's logits.
+    diagnose: also log |∂barrier/∂hidden| / |∂CE/∂hidden|.
     """
     lengths = [len(c) for c in completions]
     lam = cfg.lam if cfg.reg in ("kl_rev", "kl_fwd") else 0.0
-    hidden = completion_states(model, prompts, completions)  # [Σ tokens, d_model], one pass for the batch
+    hidden = completion_states(model, prompts, completions)  # [Σ tokens, d_model], one pass for all
     leaf = hidden.detach().requires_grad_()
-    ce_sum, Ds, barriers, from_barrier = 0.0, [], [], 0.0
+    losses, Ds, from_barrier = [], [], torch.zeros_like(leaf)
     for h, completion, reference in zip(leaf.split(lengths), completions, references):
-        targets = torch.tensor(completion, device=h.device)
         logp = logits(model, h).float().log_softmax(-1)  # [tokens, vocab]
         with torch.no_grad():
             logq = logits(model, reference).float().log_softmax(-1)
+        targets = torch.tensor(completion, device=h.device)
         ce, D, over = barrier_loss(logp, logq, targets, cfg.reg, cfg.agg, cfg.tau)
         data, barrier = ce.sum() / sum(lengths), lam * over / len(lengths)
         if diagnose and barrier.requires_grad:
-            from_barrier = from_barrier + torch.autograd.grad(barrier, leaf, retain_graph=True)[0]
+            from_barrier += torch.autograd.grad(barrier, leaf, retain_graph=True)[0]
         (data + barrier).backward()  # onto the leaf
-        ce_sum, Ds, barriers = ce_sum + data.detach(), [*Ds, D.detach()], [*barriers, barrier.detach()]
+        losses.append(torch.stack([data, barrier]).detach())
+        Ds.append(D.detach())
     hidden.backward(leaf.grad)  # once through the blocks
 
-    D = torch.stack(Ds)
-    log = {"data_loss": ce_sum.item(), "barrier": sum(barriers).item(), "D": D.mean().item(),
-           "D_max": D.max().item(), "active": (D > cfg.tau).float().mean().item()}
+    (data, barrier), D = torch.stack(losses).sum(0).tolist(), torch.stack(Ds)
+    log = {"data_loss": data, "barrier": barrier, "D": D.mean().item(), "D_max": D.max().item(),
+           "active": (D > cfg.tau).float().mean().item()}
     if diagnose:
-        norm = torch.as_tensor(from_barrier).float().norm()
-        log["grad_ratio"] = (norm / (leaf.grad - from_barrier).float().norm()).item()
+        from_data = leaf.grad - from_barrier
+        log["grad_ratio"] = (from_barrier.float().norm() / from_data.float().norm()).item()
     return log
 
 
-# ---- one round of healing -----------------------------------------------------------------------
-
-
-def n_held_out(n_kept: int) -> int:
-    """Completions kept from training: an eighth, at least one."""
-    return max(1, n_kept // 8)
-
-
-@torch.no_grad()
-def held_out_loss(model, pairs) -> float:
-    """Mean CE per token of the student on (prompt, completion) pairs, nats."""
-    prompts, completions = zip(*pairs)
-    targets = torch.tensor([t for c in completions for t in c], device=model.device)
-    return -token_logp(model, completion_states(model, prompts, completions), targets).mean().item()
+# ---- one round of healing ------------------------------------------------------------------------
 
 
 class Diverged(runs.Ended):
@@ -180,19 +163,20 @@ class Diverged(runs.Ended):
 def heal_round(model, tok, kept: list[dict], cfg: Config, seed: int) -> dict:
     """Train the live adapter on the kept data under the barrier; -> the round's log.
 
-    The first eighth of the data is held out. Raises Diverged where loss or gradient is not finite.
+    Raises Diverged where a loss or gradient is not finite.
     """
-    # 1. batches: equal prompts share one, and are run once
+    # 1. an eighth is held out, the rest is batched: equal prompts share a batch, and are run once
     pairs = [distil.row_ids(tok, row) for row in kept]
-    n_held = n_held_out(len(pairs))
-    held, train = pairs[:n_held], sorted(pairs[n_held:], key=lambda pair: (len(pair[0]), pair))
+    n_held = max(1, len(pairs) // 8)
+    held, train = list(zip(*pairs[:n_held])), pairs[n_held:]
+    train.sort(key=lambda pair: (len(pair[0]), pair))
     batches = [train[i:i + cfg.batch_size] for i in range(0, len(train), cfg.batch_size)]
+    batches = [list(zip(*batch)) for batch in batches]  # (prompts, completions) each
 
     # 2. the reference's hidden states, once: they do not change in a round
     references = []
     with torch.no_grad(), lora.gates(model, history=float(cfg.ref == "prev"), live=0):
-        for batch in batches:
-            prompts, completions = zip(*batch)
+        for prompts, completions in batches:
             states = completion_states(model, prompts, completions)
             references.append(states.split([len(c) for c in completions]))
 
@@ -208,51 +192,52 @@ def heal_round(model, tok, kept: list[dict], cfg: Config, seed: int) -> dict:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda t: min((t + 1) / warmup, 0.5 * (1 + math.cos(math.pi * t / steps))))
 
-    # 4. train
+    # 4. train; the first batch of an epoch is looked at more closely
     log = []
     with lora.merged(model), tqdm(total=steps, desc="heal", leave=False, disable=None) as bar:
-        before = held_out_loss(model, held)
+        before = -torch.cat(score(model, *held)).mean().item()  # CE per token, nats
         for epoch in range(cfg.epochs):
-            order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed + epoch))
-            for b in order.tolist():
-                prompts, completions = zip(*batches[b])
-                first = len(log) % len(batches) == 0
-                stats = heal_step(model, prompts, completions, references[b], cfg, diagnose=first)
+            generator = torch.Generator().manual_seed(seed + epoch)
+            for k, b in enumerate(torch.randperm(len(batches), generator=generator).tolist()):
+                stats = heal_step(model, *batches[b], references[b], cfg, diagnose=k == 0)
                 stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-                if not math.isfinite(stats["data_loss"] + stats["barrier"] + stats["grad_norm"]):
-                    raise Diverged(f"loss or gradient not finite at step {len(log) + 1} of {steps}: {stats}; "
-                                   f"first completion of the batch: '{tok.decode(completions[0])[:60]}'; "
+                if not all(map(math.isfinite, stats.values())):
+                    raise Diverged(f"loss or gradient not finite at step {len(log) + 1} of {steps}, "
+                                   f"{stats}, on '{tok.decode(batches[b][1][0])[:60]}'; "
                                    "fix: lower --lr or --dtype float32")
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad(set_to_none=True)
                 log.append(stats)
                 bar.update()
-        after = held_out_loss(model, held)
+        after = -torch.cat(score(model, *held)).mean().item()
 
     # 5. the last epoch, which saw every completion once, is the round's summary
     last = log[-len(batches):]
-    mean = {key: sum(stats[key] for stats in last) / len(last) for key in last[-1] if key != "grad_ratio"}
+    mean = {key: sum(stats[key] for stats in last) / len(last) for key in last[0]
+            if key != "grad_ratio"}
     return {**mean, "grad_ratio": last[0]["grad_ratio"], "steps": steps, "held_out_before": before,
             "held_out_after": after, "log": log}
 
 
-# ---- the loop -----------------------------------------------------------------------------------
+# ---- the loop ------------------------------------------------------------------------------------
 
 
 def main(cfg: Config, loaded=None) -> Path:
-    """A run from its flags to its pictures; -> the run folder. loaded: (model, tokenizer), if at hand."""
+    """A run from flags to pictures; -> its folder. loaded: (model, tokenizer), if at hand."""
     import plot
     if cfg.lr * cfg.weight_decay >= 1:
         raise ValueError(f"--weight-decay {cfg.weight_decay} is out of range; fix: below 1 / lr")
     # what it reads comes first: a mistake there is told before a folder appears
-    reading = texts.read(cfg.trait, cfg.pos, cfg.neg, cfg.n_contexts, cfg.vignettes, cfg.n_vignettes)
+    reading = texts.read(cfg.trait, cfg.pos, cfg.neg, cfg.n_contexts, cfg.vignettes,
+                         cfg.n_vignettes)
     with runs.begin(cfg, f"{cfg.trait}_{cfg.reg}_{cfg.agg}_s{cfg.seed}", HEALING) as run:
         print(f"{cfg.model}: {cfg.trait}, {cfg.reg} {cfg.agg}, λ {cfg.lam:g}, τ {cfg.tau:g}, "
               f"{cfg.rounds} rounds, seed {cfg.seed} -> {run.folder}", flush=True)
         model, tok = loaded or models.load(cfg.model, cfg.device, cfg.dtype)
         lora.attach(model, cfg.rank, cfg.alpha, cfg.lora_layers)
-        lora.load(model, [run.folder / f"round_{r}/adapter.safetensors" for r in range(run.rounds_done)])
+        lora.load(model, [run.folder / f"round_{r}/adapter.safetensors"
+                          for r in range(run.rounds_done)])
         try:
             loop(cfg, run, model, tok, reading)
         except runs.Ended:
@@ -263,7 +248,7 @@ def main(cfg: Config, loaded=None) -> Path:
 
 
 def loop(cfg: Config, run: runs.Run, model, tok, reading: texts.Texts) -> None:
-    """Round after round on a model that carries the finished ones; every number goes on record."""
+    """Round after round on a model that carries the finished ones; all numbers go on record."""
     persona, contexts, layers = reading.persona, reading.contexts, band(model, cfg.steer_layers)
     rules = distil.Rules(cfg.min_words, cfg.max_repetition, cfg.min_diversity, cfg.max_perplexity)
     measure = functools.partial(evaluate.measure, model, tok, reading, readout=cfg.readout)
@@ -278,7 +263,8 @@ def loop(cfg: Config, run: runs.Run, model, tok, reading: texts.Texts) -> None:
 
     for r in range(run.rounds_done, cfg.rounds):
         if r and run.find("healed", r - 1)["coherence"] < evaluate.COHERENCE_FLOOR:
-            return run.record("ended", r, why=f"coherence below {evaluate.COHERENCE_FLOOR} in round {r - 1}")
+            run.record("ended", r - 1, why=f"coherence fell below {evaluate.COHERENCE_FLOOR}")
+            break
         with run.new_round(r) as folder:
             if run.find("steered", r):  # --fork brought this round's vector and data
                 vector = SteeringVector.load(folder / "vector.safetensors")
@@ -288,11 +274,12 @@ def loop(cfg: Config, run: runs.Run, model, tok, reading: texts.Texts) -> None:
                     # 1. steer
                     vector = extract_vector(model, tok, persona, contexts, layers)
                     vector.save(folder / "vector.safetensors")
-                    run.record("extract", r, cos_v0=vector.cosine(first_vector(run) or vector))
+                    run.record("extract", r)
                     # 2. distil
                     kept, sampled = distil.collect(
                         model, tok, vector, reading.dilemmas, persona, rules, cfg.doses, cfg.n_keep,
-                        runs.stage_seed(cfg.seed, r, "sample"), folder, max_new_tokens=cfg.max_new_tokens)
+                        runs.stage_seed(cfg.seed, r, "sample"), folder,
+                        max_new_tokens=cfg.max_new_tokens)
                     dose = run.record("distil", r, **distil.summary(kept, sampled))["dose"]
                     run.record("steered", r, **measure(f"steered r{r}", vector=vector, dose=dose))
             # 3. heal
@@ -301,23 +288,19 @@ def loop(cfg: Config, run: runs.Run, model, tok, reading: texts.Texts) -> None:
             lora.fold(model)
             lora.save(model, folder / "adapter.safetensors")
             # 5. measure
-            run.record("heal", r, **log, internalised=evaluate.internalised(model, tok, contexts[:64], vector))
+            moved = evaluate.internalised(model, tok, contexts[:64], vector)
+            run.record("heal", r, **log, internalised=moved)
             with lora.merged(model), lora.gates(model, live=0):
                 run.record("healed", r, **measure(f"healed r{r}"))
 
-    # 6. steering alone, nothing trained, at the dose that moves the trait as far as the last student
+    # 6. steering alone, nothing trained, at the dose that moves the trait as far as the student
     if cfg.baselines and not run.find("matched", cfg.rounds):
+        v0 = SteeringVector.load(run.folder / "round_0/vector.safetensors")
+        wanted = run.find("healed", run.rounds_done - 1)["auth_nats"]
+        known = run.find("distil", 0)["dose"], run.find("steered", 0)["auth_nats"]
         with lora.gates(model, history=0, live=0):
-            first, last = run.find("steered", 0), run.find("healed", run.rounds_done - 1)
-            run.record("matched", cfg.rounds, **evaluate.matched_steering(
-                measure, first_vector(run), base, last["auth_nats"],
-                run.find("distil", 0)["dose"], first["auth_nats"]))
-
-
-def first_vector(run: runs.Run) -> SteeringVector | None:
-    """The vector of the original, once round 0 is finished."""
-    if run.rounds_done:
-        return SteeringVector.load(run.folder / "round_0/vector.safetensors")
+            event = evaluate.matched_steering(measure, v0, base, wanted, *known)
+        run.record("matched", cfg.rounds, **event)
 
 
 if __name__ == "__main__":

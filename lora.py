@@ -1,19 +1,19 @@
-"""LoRA whose finished rounds are frozen into a gated history. One file, torch and safetensors only: copy it.
+"""LoRA whose finished rounds are frozen into a gated history. Torch, safetensors: copy this file.
 
-For a frozen linear layer W x + b, rounds i = 0..N-1 and s = alpha / rank (Hu et al. 2021, arXiv 2106.09685, §4.1):
+For a frozen linear W x + b, rounds i and s = alpha / rank (Hu et al. 2021, arXiv 2106.09685):
 
     y = W x + b  +  c_history · s · Σ_i B_i A_i x  +  c_live · s · B A x
 
     import lora
 
-    lora.attach(model, rank=16, alpha=32)             # B = 0: attaching changes nothing
+    lora.attach(model, rank=16, alpha=32)          # B = 0: attaching changes nothing
     train(lora.live_parameters(model))
-    lora.fold(model)                                  # the live adapter joins the history, a fresh one begins
-    with lora.gates(model, history=0, live=0):        # the original model, bit for bit
+    lora.fold(model)                               # the live adapter joins the history
+    with lora.gates(model, history=0, live=0):     # the original model, bit for bit
         reference = model(ids).logits
-    lora.save(model, "round_0.safetensors")           # a round is a file
+    lora.save(model, "round_0.safetensors")        # a round is a file
 
-W is never written to, so gates, detach and merged() give the base back exactly, whatever happened in between.
+W is never written to: gates, detach and merged() give the base back exactly.
 """
 import contextlib
 import hashlib
@@ -32,8 +32,8 @@ from torch import nn
 class BakedLoRA(nn.Module):
     """One `nn.Linear` with frozen history adapters and one live adapter.
 
-    Factors are float32 masters and multiply in the dtype of x. The rounds of the history lie side by side
-    along the rank: history_A [N·rank, d_in], history_B [d_out, N·rank], so N rounds cost two products.
+    Factors are float32 masters and multiply in the dtype of x. The history's rounds lie side by
+    side along the rank, history_A [N·rank, d_in], history_B [d_out, N·rank]: two products.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
@@ -65,12 +65,12 @@ class BakedLoRA(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., d_in] -> [..., d_out], in the dtype of x."""
-        one_dose = not torch.is_tensor(self.c_history)
-        if self.merged_weight is not None and one_dose and self.c_history == 1:
+        per_round = torch.is_tensor(self.c_history)
+        if self.merged_weight is not None and not per_round and self.c_history == 1:
             y = F.linear(x, self.merged_weight, self.base.bias)
         else:
             y = self.base(x)
-            if len(self.history_A) and not (one_dose and self.c_history == 0):
+            if len(self.history_A) and (per_round or self.c_history):
                 y = y + self.low_rank(x, self.history_A, self.history_B, self.c_history)
         if self.c_live:
             y = y + self.low_rank(x, self.A, self.B, self.c_live)
@@ -95,17 +95,14 @@ def adapters(model) -> dict[str, BakedLoRA]:
     return found
 
 
-# ---- attach, train, fold ------------------------------------------------------------------------
-
-
 def attach(model, rank: int = 16, alpha: float = 32.0, layers: tuple[float, float] = (0.2, 0.8),
            targets: tuple[str, ...] | None = None, blocks=None) -> None:
     """Freeze the model and wrap the linears of a depth range of its blocks in `BakedLoRA`.
 
-    layers: fractions (from, to) of the depth. targets: last names such as ("q_proj", "v_proj"); None wraps
-    every `nn.Linear` in the blocks. blocks: a list of modules, where they are not `get_decoder().layers`.
-    Warns with the names of the matrices that are in the blocks and cannot be wrapped: fused experts, 4-bit
-    weights, GPT-2's Conv1D. Raises ValueError for bad values, an adapter already there, nothing to wrap.
+    layers: fractions (from, to) of the depth. targets: last names such as ("q_proj", "v_proj");
+    None is every `nn.Linear`. blocks: a list of modules, if not `get_decoder().layers`. Warns with
+    the names of what multiplies there and cannot be wrapped: fused experts, 4-bit weights, GPT-2's
+    Conv1D. Raises ValueError for bad values, an adapter already there, nothing to wrap.
     """
     if rank < 1 or alpha <= 0:
         raise ValueError(f"rank {rank} and alpha {alpha} must be positive; fix: such as 16 and 32")
@@ -121,12 +118,13 @@ def attach(model, rank: int = 16, alpha: float = 32.0, layers: tuple[float, floa
             raise ValueError(f"{type(model).__name__} has no get_decoder().layers; "
                              "fix: attach(model, blocks=[its blocks, in order])") from None
 
-    # 1. every linear in the chosen blocks; a subclass may compute something else, so it is left alone
+    # 1. every linear in the chosen blocks, but no subclass: it may compute something else
     chosen = blocks[round(layers[0] * len(blocks)): round(layers[1] * len(blocks))]
     inside = {id(m) for block in chosen for m in block.modules()}
     linears = [(parent, name, child) for parent in model.modules()
                for name, child in parent.named_children()
-               if id(child) in inside and type(child) is nn.Linear and (not targets or name in targets)]
+               if id(child) in inside and type(child) is nn.Linear
+               and (not targets or name in targets)]
 
     # 2. what else multiplies in there is named
     wrapped = {id(child.weight): child.weight.numel() for _, _, child in linears}
@@ -134,12 +132,13 @@ def attach(model, rank: int = 16, alpha: float = 32.0, layers: tuple[float, floa
               if p.ndim > 1 and id(p) not in wrapped
               and id(model.get_submodule(name.rpartition(".")[0])) in inside}
     if not linears:
-        raise ValueError(f"no nn.Linear named {targets or 'anything'} in blocks {layers} of {len(blocks)}; "
-                         f"there are {', '.join(list(others)[:8]) or 'no matrices'}; fix: other targets or layers")
+        raise ValueError(f"no nn.Linear named {targets or 'anything'} in blocks {layers} of "
+                         f"{len(blocks)}, only {', '.join(others) or 'nothing'}; "
+                         "fix: other targets or layers")
     if others and not targets:
         share = sum(wrapped.values()) / (sum(wrapped.values()) + sum(others.values()))
-        warnings.warn(f"LoRA reaches {share:.0%} of the weights in its blocks; not an nn.Linear, and left "
-                      f"as they are: {', '.join(others)}", stacklevel=2)
+        warnings.warn(f"LoRA reaches {share:.0%} of the weights in its blocks; not nn.Linear, "
+                      f"and left as they are: {', '.join(others)}", stacklevel=2)
 
     # 3. wrap
     model.requires_grad_(False)
@@ -180,25 +179,20 @@ def n_rounds(model) -> int:
     return len(first.history_A) // first.rank
 
 
-# ---- gates --------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def gates(model, history: float | list[float] = 1.0, live: float = 1.0):
     """Within the context the doses hold: (0, 0) original, (1, 0) previous student, (1, 1) student.
 
     history may be a list, one dose per folded round. Raises ValueError where its length is another.
     """
-    modules = adapters(model).values()
+    modules = list(adapters(model).values())
     if not isinstance(history, (int, float)):
         if len(history) != n_rounds(model):
             raise ValueError(f"{len(history)} history gates for {n_rounds(model)} folded rounds; "
                              "fix: one dose per round")
-        doses = set(history)
-        device = next(iter(modules)).A.device
-        history = torch.tensor(history, device=device).repeat_interleave(next(iter(modules)).rank)
-        if len(doses) == 1:
-            history = float(doses.pop())  # one dose for all: the fast and the exact road
+        doses = torch.tensor(history, dtype=torch.float32, device=modules[0].A.device)
+        one_dose = len(set(history)) == 1  # for all rounds: the fast and the exact road
+        history = float(history[0]) if one_dose else doses.repeat_interleave(modules[0].rank)
     before = [(m.c_history, m.c_live) for m in modules]
     try:
         for m in modules:
@@ -211,10 +205,10 @@ def gates(model, history: float | list[float] = 1.0, live: float = 1.0):
 
 @contextlib.contextmanager
 def merged(model):
-    """Within the context, history at gate 1 is read from one dense weight per layer: as fast as none.
+    """Within the context, history at gate 1 is one dense weight per layer: as fast as none.
 
-    W + s Σ B A is summed in float32 and rounded once to the dtype of W. W itself stays, so other gate
-    values, (0, 0) among them, keep their meaning inside the context.
+    W + s Σ B A is summed in float32 and rounded once to the dtype of W. W itself stays, so other
+    gate values, (0, 0) among them, keep their meaning inside the context.
     """
     modules = adapters(model).values()
     before = [m.merged_weight for m in modules]
@@ -227,7 +221,7 @@ def merged(model):
             m.merged_weight = weight
 
 
-# ---- files --------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def fingerprint(model) -> str:
@@ -240,12 +234,6 @@ def fingerprint(model) -> str:
     return digest.hexdigest()
 
 
-def base_name(model) -> str:
-    """The base model's hub id, or its folder's name: never a path of this machine."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", "") or "unknown"
-    return Path(name).name if Path(name).exists() or name.count("/") != 1 else name
-
-
 def save(model, path) -> None:
     """The newest folded round in one safetensors file. Raises ValueError before the first fold."""
     if not n_rounds(model):
@@ -254,63 +242,24 @@ def save(model, path) -> None:
     for name, m in adapters(model).items():
         tensors[f"{name}.A"] = m.history_A[-m.rank:].cpu().contiguous()
         tensors[f"{name}.B"] = m.history_B[:, -m.rank:].cpu().contiguous()
-    about = {**model.lora_config, "round": n_rounds(model) - 1, "base": base_name(model),
-             "fingerprint": fingerprint(model)}
+    about = {**model.lora_config, "round": n_rounds(model) - 1, "fingerprint": fingerprint(model)}
     save_file(tensors, path, metadata={"baked_lora": json.dumps(about)})
 
 
-def read(path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """-> metadata and tensors of a file of `save`. Raises FileNotFoundError or ValueError naming it."""
-    if not Path(path).exists():
-        raise FileNotFoundError(f"no adapter file {path}; fix: give the adapter.safetensors of a round")
-    try:
-        with safe_open(str(path), framework="pt") as f:
-            about = json.loads((f.metadata() or {})["baked_lora"])
-            tensors = {key: f.get_tensor(key) for key in f.keys()}
-        for key in ("rank", "alpha", "layers", "targets", "round", "base", "fingerprint"):
-            about[key]
-    except SafetensorError as e:
-        raise ValueError(f"{path} is damaged or not safetensors ({e}); fix: use a whole copy") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} was not written by lora.save ({e}); "
-                         "fix: give the adapter.safetensors of a round") from None
-    for key, value in tensors.items():
-        if not value.isfinite().all():
-            raise ValueError(f"{path}: {key} is not finite; "
-                             "fix: use an adapter from before the training broke")
-    return about, tensors
-
-
 def load(model, paths) -> None:
-    """Append the round in a file of `save`, or in several files in order, attaching first where needed.
+    """Append the round in a file of `save`, or in several in order, attaching first where needed.
 
-    Raises FileNotFoundError, or ValueError naming the file: damaged, not ours, of another base or other
-    settings, out of order, not finite. Then the model is as it was.
+    Raises FileNotFoundError, or ValueError naming the file: damaged, not ours, of another base or
+    other settings, out of order, not finite. Then the model is as it was.
     """
-    attached_here = False
+    attached_here, rounds = False, []
     try:
-        rounds = []
         for path in [paths] if isinstance(paths, (str, Path)) else paths:
-            about, tensors = read(path)
-            config = {key: about[key] for key in ("rank", "alpha", "layers", "targets")}
+            config, about, tensors = read(path)
             if not hasattr(model, "lora_config"):
-                attach(model, *config.values())
+                attach(model, **config)
                 attached_here = True
-            if model.lora_config != config:
-                raise ValueError(f"{path} has {config}, the model has {model.lora_config}; "
-                                 "fix: detach(model) first, or attach with the file's settings")
-            if fingerprint(model) != about["fingerprint"]:
-                raise ValueError(f"{path} was trained on another base ({about['base']}); "
-                                 "fix: load it onto that one")
-            if about["round"] != n_rounds(model) + len(rounds):
-                raise ValueError(f"{path} is round {about['round']}, the model has "
-                                 f"{n_rounds(model) + len(rounds)} rounds before it; "
-                                 "fix: give the files of all rounds, in order")
-            for name, m in adapters(model).items():
-                for part, like in (("A", m.A), ("B", m.B)):
-                    if getattr(tensors.get(f"{name}.{part}"), "shape", None) != like.shape:
-                        raise ValueError(f"{path}: {name}.{part} is missing or of another shape than "
-                                         f"{tuple(like.shape)}; fix: use a whole copy")
+            check_fit(model, path, config, about, tensors, n_rounds(model) + len(rounds))
             rounds.append(tensors)
     except (ValueError, OSError):
         if attached_here:
@@ -320,3 +269,38 @@ def load(model, paths) -> None:
         for name, m in adapters(model).items():
             m.history_A = torch.cat([m.history_A, tensors[f"{name}.A"].to(m.A.device)])
             m.history_B = torch.cat([m.history_B, tensors[f"{name}.B"].to(m.A.device)], dim=1)
+
+
+def read(path) -> tuple[dict, dict, dict[str, torch.Tensor]]:
+    """-> what `attach` was told, round and fingerprint, and the tensors, of a file of `save`."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no adapter file {path}; fix: give a round's adapter.safetensors")
+    try:
+        with safe_open(str(path), framework="pt") as f:
+            about = json.loads(f.metadata()["baked_lora"])
+            tensors = {key: f.get_tensor(key) for key in f.keys()}
+        config = {key: about.pop(key) for key in ("rank", "alpha", "layers", "targets")}
+        return config, {key: about[key] for key in ("round", "fingerprint")}, tensors
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path} is damaged, or was not written by lora.save ({e}); "
+                         "fix: give a whole adapter.safetensors of a round") from None
+
+
+def check_fit(model, path, config: dict, about: dict, tensors: dict, round: int) -> None:
+    """Raises ValueError where a file does not belong on this model as this round."""
+    if model.lora_config != config:
+        raise ValueError(f"{path} has {config}, the model has {model.lora_config}; "
+                         "fix: detach(model) first, or attach with the file's settings")
+    if fingerprint(model) != about["fingerprint"]:
+        raise ValueError(f"{path} was trained on another base; fix: load it onto that one")
+    if about["round"] != round:
+        raise ValueError(f"{path} is round {about['round']}, the model has {round} before it; "
+                         "fix: give the files of all rounds, in order")
+    wanted = {f"{name}.{part}": getattr(m, part).shape
+              for name, m in adapters(model).items() for part in ("A", "B")}
+    for key, shape in wanted.items():
+        if key not in tensors or tensors[key].shape != shape:
+            raise ValueError(f"{path}: {key} is missing or of another shape than {tuple(shape)}; "
+                             "fix: use a whole copy")
+        if not tensors[key].isfinite().all():
+            raise ValueError(f"{path}: {key} is not finite; fix: one from before training broke")

@@ -103,20 +103,24 @@ def check_ranges(config) -> None:
                 raise ValueError(f"--{flag} {shown} is out of range; fix: {rule.words}")
 
 
-def cli(config_class, main) -> None:
+def cli(config_class, main, rest: str | None = None) -> None:
     """Parse flags into a dataclass, run `main(config)`; a user's mistake is one line on stderr.
 
-    With --resume or --fork, what no flag says is as the earlier run had it.
+    With --resume or --fork, what no flag says is as the earlier run had it. rest: a field, itself a
+    dataclass, whose flags are what config_class does not know.
     Exit codes: 0 done, 1 bad input or data, 2 flags that do not parse (tyro's words), 130 interrupted.
     """
-    def parse(**default):
-        return tyro.cli(config_class, prog=Path(sys.argv[0]).name, **default,
-                        description=sys.modules[main.__module__].__doc__,
-                        config=(tyro.conf.OmitArgPrefixes,))
+    def parse(which, **how):
+        return tyro.cli(which, prog=Path(sys.argv[0]).name, config=(tyro.conf.OmitArgPrefixes,),
+                        description=sys.modules[main.__module__].__doc__, **how)
     try:
-        config = parse()
+        if rest:
+            config, unknown = parse(config_class, return_unknown_args=True)
+            setattr(config, rest, parse(type(getattr(config, rest)), args=unknown))
+        else:
+            config = parse(config_class)
         if earlier := getattr(config, "resume", None) or getattr(config, "fork", None):
-            config = parse(default=read_config(config_class, earlier))
+            config = parse(config_class, default=read_config(config_class, earlier))
         check_ranges(config)
         main(config)
     except KeyboardInterrupt:

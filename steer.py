@@ -1,12 +1,12 @@
-"""Steering vectors: extract one from a persona pair, add it to the residual stream. One file: copy it.
+"""Steering vectors: extract one from a persona pair, add it to the residual stream. Copy this file.
 
     v_l = mean over contexts of  h_l(persona.pos, context) − h_l(persona.neg, context)
-    h_l ← h_l + dose · v_l                                     for l in a narrow middle band
+    h_l ← h_l + dose · v_l                                 for l in a narrow middle band
 
-h_l [d_model] is the residual stream after decoder block l at the assistant tag, the last position of the
-generation prompt (difference of means: Marks & Tegmark 2023, arXiv 2310.06824; added from the assistant tag
-on: CAA, Rimsky et al. 2023, arXiv 2312.06681). v is left unnormalised: dose 1 is the distance between the
-two personas. With any chat model of transformers:
+h_l [d_model] is the residual stream after decoder block l at the assistant tag, the last position
+of the generation prompt (difference of means: Marks & Tegmark 2023, arXiv 2310.06824; added from
+the assistant tag on: CAA, Rimsky et al. 2023, arXiv 2312.06681). v is left unnormalised: dose 1 is
+the distance between the two personas. With any chat model of transformers and its tokenizer:
 
     from steer import Persona, band, chat_ids, extract_vector
 
@@ -16,7 +16,7 @@ two personas. With any chat model of transformers:
     with vector.at(model, dose=2, last_only=True):
         print(tok.decode(model.generate(prompt, max_new_tokens=64)[0]))
 
-    python steer.py --trait care --dose 0 2 4 --prompt "My boss told me to ignore a crying customer."
+    python steer.py --trait care --dose 0 2 4 --prompt "My boss told me to ignore a customer."
 """
 import contextlib
 import json
@@ -38,35 +38,29 @@ class Persona:
     neg: str
 
 
-# ---- prompts ------------------------------------------------------------------------------------
+# ---- prompts -------------------------------------------------------------------------------------
 
 
-def chat_text(tok, user: str, system: str = NEUTRAL) -> str:
-    """One user turn in the model's chat template, up to and including the assistant tag.
+def chat_ids(tok, user: str, system: str = NEUTRAL) -> list[int]:
+    """Token ids of one user turn up to and including the assistant tag.
 
-    Where the template refuses or drops a system turn, the system text goes in front of the user's.
-    Raises ValueError for an empty user text.
+    Where the chat template refuses or drops a system turn, the system text goes in front of the
+    user's. Raises ValueError for an empty user text.
     """
     if not user.strip():
         raise ValueError("empty prompt; fix: give at least one word")
     system = system.strip()  # templates trim it, and it is looked for below
 
     def render(messages):
-        return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
-                                       enable_thinking=False)
-    as_user = {"role": "user", "content": user}
+        return tok.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     try:
-        text = render([{"role": "system", "content": system}, as_user])
+        text = render([{"role": "system", "content": system}, {"role": "user", "content": user}])
     except Exception:  # templates refuse in their own words (jinja2.TemplateError and others)
         text = ""
     if system not in text:
         text = render([{"role": "user", "content": f"{system}\n\n{user}"}])
-    return text
-
-
-def chat_ids(tok, user: str, system: str = NEUTRAL) -> list[int]:
-    """The token ids of `chat_text`."""
-    return tok(chat_text(tok, user, system), add_special_tokens=False).input_ids
+    return tok(text, add_special_tokens=False).input_ids
 
 
 def left_pad(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -75,21 +69,20 @@ def left_pad(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor,
     Padding is id 0, whatever that means to the tokenizer: the mask hides it.
     """
     longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)  # the first real token is at position 0
-    return ids, mask, positions
+    ids = torch.tensor([[0] * (longest - len(r)) + r for r in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=device)
+    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)  # the first real token is at position 0
 
 
 def check_room(model, longest: int, new: int = 0) -> None:
     """Raises ValueError where `longest` prompt tokens and `new` ones exceed the model's context."""
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if room and longest + new > room:
-        raise ValueError(f"a prompt of {longest} tokens and {new} new ones exceed the model's context "
-                         f"of {room}; fix: a shorter prompt or fewer new tokens")
+        raise ValueError(f"a prompt of {longest} tokens and {new} new ones exceed the model's "
+                         f"context of {room}; fix: a shorter prompt or fewer new tokens")
 
 
-# ---- the vector ---------------------------------------------------------------------------------
+# ---- the vector ----------------------------------------------------------------------------------
 
 
 def band(model, layers: tuple[float, float]) -> list[int]:
@@ -112,7 +105,7 @@ def residual(output) -> torch.Tensor:
 
 @dataclass
 class SteeringVector:
-    """{layer: [d_model]} in float32; `with vector.at(model, dose): ...` steers what is run inside."""
+    """{layer: [d_model]} in float32; `with vector.at(model, dose): ...` steers what runs inside."""
     layers: dict[int, torch.Tensor]
     about: dict[str, str] = field(default_factory=dict)  # persona and model, kept in the file
 
@@ -120,21 +113,21 @@ class SteeringVector:
     def at(self, model, dose, last_only: bool = False):
         """Within the context, dose · v is added to the output of every block that has a v.
 
-        dose: a float, or a [batch] tensor with one dose per row. last_only: steer the last position of
-        each pass alone. Raises ValueError where the vector does not fit the model.
+        dose: a float, or a [batch] tensor with one dose per row. last_only: steer the last position
+        of each pass alone. Raises ValueError where the vector does not fit the model.
         """
-        blocks = model.get_decoder().layers
-        d_model = model.config.get_text_config().hidden_size
+        blocks, d_model = model.get_decoder().layers, model.config.get_text_config().hidden_size
         width = len(next(iter(self.layers.values())))
         if max(self.layers) >= len(blocks) or width != d_model:
-            raise ValueError(f"vector of layers {list(self.layers)} and width {width} does not fit a model of "
-                             f"{len(blocks)} layers and width {d_model}; fix: extract it from this model")
+            raise ValueError(f"vector of layers {list(self.layers)} and width {width} does not fit "
+                             f"a model of {len(blocks)} layers and width {d_model}; "
+                             "fix: extract it from this model")
 
         def steer_with(v):
             def hook(block, args, output):
                 h = residual(output)  # [batch, seq, d_model]
-                doses = torch.as_tensor(dose, dtype=torch.float32, device=h.device).reshape(-1, 1, 1)
-                step = (doses * v.to(h.device)).to(h.dtype)  # [batch or 1, 1, d_model]
+                doses = torch.as_tensor(dose, dtype=torch.float32, device=h.device)
+                step = (doses.reshape(-1, 1, 1) * v.to(h.device)).to(h.dtype)  # [batch, 1, d_model]
                 h = torch.cat([h[:, :-1], h[:, -1:] + step], 1) if last_only else h + step
                 return h if torch.is_tensor(output) else (h, *output[1:])
             return hook
@@ -148,8 +141,8 @@ class SteeringVector:
 
     def cosine(self, other: "SteeringVector") -> float:
         """Cosine over the concatenated layers of both."""
-        ours, theirs = (torch.cat([s.layers[l] for l in sorted(s.layers)]) for s in (self, other))
-        return torch.cosine_similarity(ours, theirs, dim=0).item()
+        a, b = (torch.cat([v for _, v in sorted(s.layers.items())]) for s in (self, other))
+        return torch.cosine_similarity(a, b, dim=0).item()
 
     def save(self, path) -> None:
         """safetensors, one `layer.N` tensor each."""
@@ -160,7 +153,7 @@ class SteeringVector:
     def load(cls, path) -> "SteeringVector":
         """Raises FileNotFoundError, or ValueError for a damaged, foreign or not finite file."""
         if not Path(path).exists():
-            raise FileNotFoundError(f"no vector file {path}; fix: give a vector.safetensors of a run")
+            raise FileNotFoundError(f"no vector file {path}; fix: give a vector.safetensors")
         try:
             with safe_open(str(path), framework="pt") as f:
                 about = json.loads((f.metadata() or {}).get("steering_vector", "null"))
@@ -172,12 +165,12 @@ class SteeringVector:
             raise ValueError(f"{path} was not written by SteeringVector.save; "
                              "fix: give a vector.safetensors of a run")
         if not all(v.isfinite().all() for v in tensors.values()):
-            raise ValueError(f"{path} holds values that are not finite; fix: extract the vector again")
+            raise ValueError(f"{path} is not finite; fix: extract the vector again")
         layers = {int(key.removeprefix("layer.")): v for key, v in tensors.items()}
         return cls(dict(sorted(layers.items())), about)
 
 
-# ---- extraction ---------------------------------------------------------------------------------
+# ---- extraction ----------------------------------------------------------------------------------
 
 
 class _Stop(Exception):
@@ -187,7 +180,7 @@ class _Stop(Exception):
 @torch.no_grad()
 def mean_residual(model, tok, system: str, contexts: list[str], layers: list[int],
                   batch_size: int = 32) -> dict[int, torch.Tensor]:
-    """{layer: mean over contexts of the residual stream at the assistant tag, [d_model] float32}."""
+    """{layer: mean over contexts of the residual stream at the assistant tag, [d_model]}."""
     total = {}
 
     def read(l):
@@ -198,7 +191,7 @@ def mean_residual(model, tok, system: str, contexts: list[str], layers: list[int
                 raise _Stop  # blocks above the last wanted one need not run
         return hook
 
-    rows = sorted((chat_ids(tok, c, system) for c in contexts), key=len)  # like lengths share a batch
+    rows = sorted((chat_ids(tok, c, system) for c in contexts), key=len)  # like lengths in a batch
     check_room(model, len(rows[-1]))
     decoder = model.get_decoder()
     hooks = [decoder.layers[l].register_forward_hook(read(l)) for l in layers]
@@ -215,22 +208,22 @@ def mean_residual(model, tok, system: str, contexts: list[str], layers: list[int
 
 def extract_vector(model, tok, persona: Persona, contexts: list[str], layers: list[int],
                    batch_size: int = 32) -> SteeringVector:
-    """Mean difference of the residual stream between the two personas over `contexts`, unnormalised.
+    """Mean difference of the residual stream between the personas over `contexts`, unnormalised.
 
-    layers: block indices (see `band`). Raises ValueError for no contexts, an empty or a doubled persona.
+    layers: block indices (see `band`). Raises ValueError for no contexts or half a persona.
     """
     if not contexts:
         raise ValueError("no contexts to extract from; fix: give at least one user message")
     if not persona.pos.strip() or not persona.neg.strip() or persona.pos == persona.neg:
-        raise ValueError(f"persona needs two different texts, has '{persona.pos}' and '{persona.neg}'; "
-                         "fix: --pos and --neg")
+        raise ValueError(f"persona needs two different texts, has '{persona.pos}' and "
+                         f"'{persona.neg}'; fix: --pos and --neg")
     pos = mean_residual(model, tok, persona.pos, contexts, layers, batch_size)
     neg = mean_residual(model, tok, persona.neg, contexts, layers, batch_size)
     about = {"pos": persona.pos, "neg": persona.neg, "model_type": model.config.model_type}
     return SteeringVector({l: pos[l] - neg[l] for l in layers}, about)
 
 
-# ---- the command --------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 if __name__ == "__main__":
     from typing import Literal
@@ -243,7 +236,7 @@ if __name__ == "__main__":
         prompt: str  # what to ask
         model: str = models.EMBEDDED  # smollm2, a local folder, or a hub id
         device: str = "auto"  # auto, cuda, mps or cpu
-        dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bfloat16 where native
+        dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bf16 where native
         seed: runs.Seed = 0  # of the sampling; every dose draws the same numbers
         trait: str = "care"  # name of a persona pair in data/personas.json
         pos: str | None = None  # system prompt of the trait, instead of --trait
@@ -257,25 +250,26 @@ if __name__ == "__main__":
     def main(cfg: Config) -> None:
         data = Path(__file__).parent / "data"
         personas = json.loads((data / "personas.json").read_text())["personas"]
-        contexts = json.loads((data / "contexts.json").read_text())["contexts"][:cfg.n_contexts]
+        contexts = json.loads((data / "contexts.json").read_text())["contexts"]
         if (cfg.pos is None) != (cfg.neg is None):
             raise ValueError("--pos and --neg go together; fix: give both")
         if cfg.pos is None and cfg.trait not in personas:
             raise ValueError(f"unknown trait '{cfg.trait}'; "
                              f"fix: one of {', '.join(personas)}, or --pos and --neg")
-        pair = personas[cfg.trait] if cfg.pos is None else {"pos": cfg.pos, "neg": cfg.neg}
-        persona = Persona(pair["pos"], pair["neg"])
+        pair = {"pos": cfg.pos, "neg": cfg.neg} if cfg.pos is not None else personas[cfg.trait]
 
         model, tok = models.load(cfg.model, cfg.device, cfg.dtype)
         prompt = torch.tensor([chat_ids(tok, cfg.prompt)], device=model.device)
         check_room(model, prompt.shape[1], cfg.max_new_tokens)
-        vector = extract_vector(model, tok, persona, contexts, band(model, cfg.steer_layers))
-        how = dict(do_sample=True, temperature=cfg.temperature, top_k=64, top_p=0.95)
+        vector = extract_vector(model, tok, Persona(pair["pos"], pair["neg"]),
+                                contexts[:cfg.n_contexts], band(model, cfg.steer_layers))
+        how = dict(max_new_tokens=cfg.max_new_tokens, do_sample=False)
+        if cfg.temperature:
+            how |= dict(do_sample=True, temperature=cfg.temperature, top_k=64, top_p=0.95)
         for dose in cfg.dose:
             torch.manual_seed(cfg.seed)
             with vector.at(model, dose, last_only=True):
-                out = model.generate(prompt, max_new_tokens=cfg.max_new_tokens, pad_token_id=0,
-                                     **how if cfg.temperature else dict(do_sample=False))
+                out = model.generate(prompt, pad_token_id=0, **how)
             text = tok.decode(out[0, prompt.shape[1]:], skip_special_tokens=True)
             print(f"\n--- dose {dose:g}\n{text}")
 

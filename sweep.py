@@ -1,117 +1,102 @@
 """Compare arms: every regulariser × aggregation × seed, one run folder each, and one table over the seeds.
 
-    python sweep.py --reg nll kl_fwd kl_rev wd --agg mean rmse --seeds 0 1 2 --rounds 2     # runs/sweep/*, results/arms.md
-    python sweep.py --executor slurm --partition gpu --model google/gemma-3-4b-it --readout tinymfv --doses 0.5 1 --rounds 8
+    python sweep.py --reg nll kl_fwd kl_rev wd --agg mean rmse --seeds 0 1 2 --rounds 2
+    python sweep.py --executor slurm --partition gpu --model google/gemma-3-4b-it --readout tinymfv --rounds 8
 
-Every flag of heal_loop.py works here too and holds for all arms. The same command goes on where it stopped: a finished run is
-not run again. What the arms of a seed have in common (base evaluation, round 0's vector, completions and steered evaluation)
-is computed by the first and copied by the others. `nll` and `wd` have no divergence, hence no aggregation.
+Every flag of heal_loop.py works here too and holds for all arms. The same command goes on where it stopped: a
+finished run is not run again. Arms of a seed share round 0 up to its healing: the first arm makes it, the
+others are forks of it. `nll` and `wd` have no divergence, hence no aggregation.
 """
-import functools
-import json
 import os
-import shutil
 from concurrent.futures import Future
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
-from unittest.mock import patch
 
 import numpy as np
 import scipy.stats
 import tyro
 from tabulate import tabulate
 
-import distil
 import heal_loop
 import lora
 import models
 import plot
+import runs
+import texts
 from evaluate import COHERENCE_FLOOR, coh_cost
-
-SHARED = [("base", -1), ("prompted", -1), ("extract", 0), ("distil", 0), ("steered", 0)]  # stages that no arm's training touches
 
 
 @dataclass
-class Config(heal_loop.Config):
+class Config:
     reg: tuple[Literal["nll", "kl_fwd", "kl_rev", "wd"], ...] = ("nll", "kl_fwd", "kl_rev", "wd")
     """Divergences to compare."""
     agg: tuple[Literal["mean", "rmse", "p95", "max"], ...] = ("mean", "rmse")
     """Aggregations to compare, for kl_fwd and kl_rev."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """One run of every arm each."""
-    out: Path = Path("runs/sweep")
-    """Folder of the run folders."""
-    table: Path = Path("results/arms.md")
-    """The comparison."""
-    baselines: bool = False
-    """Also measure the persona as a system prompt, and steering alone at the healed model's trait, in every run."""
-    executor: Literal["local", "slurm"] = "local"
-    """local: here, one run after the other. slurm: one job per run, through submitit."""
-    partition: str | None = None
-    """slurm: the partition."""
-    hours: float = 8.0
-    """slurm: time limit of one run."""
-    seed: tyro.conf.Suppress[int] = 0
-    resume: tyro.conf.Suppress[Path | None] = None
+    seeds: tuple[int, ...] = (0, 1, 2)  # one run of every arm each
+    baselines: bool = False  # also measure the baselines in every run
+    out: Path = Path("runs/sweep")  # folder of the run folders
+    table: Path = Path("results/arms.md")  # the comparison
+    executor: Literal["local", "slurm"] = "local"  # one run after the other, or a job each by submitit
+    partition: str | None = None  # slurm: the partition
+    hours: runs.Above0 = 8.0  # slurm: time limit of one run
+    run: tyro.conf.Suppress[heal_loop.Config] = field(default_factory=heal_loop.Config)  # all other flags
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("reg", "agg", "seeds"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name} is empty; fix: give at least one")
+
+# ---- the runs -----------------------------------------------------------------------------------
 
 
 def arms(cfg: Config) -> dict[str, list[heal_loop.Config]]:
-    """{arm: one run per seed}, in the order of the flags."""
-    common = {f.name: getattr(cfg, f.name) for f in fields(heal_loop.Config)}
-    pairs = [(reg, agg) for reg in dict.fromkeys(cfg.reg) for agg in (dict.fromkeys(cfg.agg) if reg.startswith("kl") else [heal_loop.Config.agg])]
-    names = [f"{reg}_{agg}" if reg.startswith("kl") else reg for reg, agg in pairs]
-    return {name: [heal_loop.Config(**common | dict(reg=reg, agg=agg, seed=seed, out=cfg.out / f"{name}_s{seed}")) for seed in dict.fromkeys(cfg.seeds)]
-            for name, (reg, agg) in zip(names, pairs)}
+    """{arm: one run per seed}, in the order of the flags. Raises ValueError for an empty list."""
+    for name in ("reg", "agg", "seeds"):
+        if not getattr(cfg, name):
+            raise ValueError(f"--{name} is empty; fix: give at least one")
+    found = {}
+    for reg in dict.fromkeys(cfg.reg):
+        has_kl = reg.startswith("kl")
+        for agg in dict.fromkeys(cfg.agg) if has_kl else [cfg.run.agg]:
+            arm = f"{reg}_{agg}" if has_kl else reg
+            found[arm] = [replace(cfg.run, reg=reg, agg=agg, seed=seed, baselines=cfg.baselines,
+                                  out=cfg.out / f"{arm}_s{seed}") for seed in dict.fromkeys(cfg.seeds)]
+    for run in (run for of_arm in found.values() for run in of_arm):
+        runs.check_ranges(run)
+    return found
 
 
-def events(run: heal_loop.Config) -> list[dict]:
-    return heal_loop.Run(run.out).events
+def is_finished(run: heal_loop.Config) -> bool:
+    """True where the last number is on record, or the reason why there is none.
 
-
-def finished(run: heal_loop.Config) -> bool:
-    """True where the last stage is on record, or the reason why there is none. Raises ValueError for a folder of other settings."""
-    file = run.out / "config.json"
-    if not file.exists():
+    Raises ValueError for a folder of other settings.
+    """
+    if not (run.out / "config.json").exists():
         return False
-    asked, found = heal_loop.recorded(run), json.loads(file.read_text())
-    if other := [k for k in asked if asked[k] != found.get(k)]:
-        raise ValueError(f"{run.out} was run with {other[0]} {found.get(other[0])}, not {asked[other[0]]}; fix: another --out, or the old flags")
+    runs.refuse_other_settings(run, run.out, fix="another --out, or the old flags")
+    done = {(e["stage"], e["round"]) for e in runs.read_events(run.out)}
+    ended = any(stage == "ended" for stage, _ in done)
     last = ("matched", run.rounds) if run.baselines else ("healed", run.rounds - 1)
-    return any(e["stage"] == "ended" or (e["stage"], e["round"]) == last for e in events(run))
+    return ended or last in done
 
 
-def share(trunk: heal_loop.Config, run: heal_loop.Config) -> None:
-    """Copy what `trunk`, another arm of the same seed, has of the shared stages into the folder of a run that has not begun."""
-    common = [e for e in events(trunk) if (e["stage"], e["round"]) in SHARED]
-    if (run.out / "events.jsonl").exists() or ("steered", 0) not in [(e["stage"], e["round"]) for e in common]:
-        return
-    run.out.mkdir(parents=True, exist_ok=True)
-    models.write_text(run.out / "config.json", json.dumps(heal_loop.recorded(run), indent=2) + "\n")
-    for name in ("vector_r0.safetensors", "sampled_r0.jsonl", "kept_r0.jsonl"):
-        shutil.copyfile(trunk.out / name, run.out / name)
-    models.write_text(run.out / "events.jsonl", distil.to_jsonl(common))
-
-
-def run_arm(run: heal_loop.Config, trunk: heal_loop.Config) -> None:
-    """One run from wherever it stands to its end."""
-    if finished(run):
+def run_arm(run: heal_loop.Config, trunk: heal_loop.Config, loaded=None) -> None:
+    """One run from wherever it stands to its end; a run that has not begun forks from `trunk`."""
+    if is_finished(run):
         return print(f"{run.out} is finished")
-    share(trunk, run)
+    if (run.out / "config.json").exists():
+        run = replace(run, resume=run.out)
+    elif trunk.out != run.out and runs.rounds_done(trunk.out):
+        run = replace(run, fork=trunk.out, at=0)
     try:
-        heal_loop.main(replace(run, resume=run.out if (run.out / "config.json").exists() else None))
-    except (distil.Starved, heal_loop.Diverged) as e:  # on record in the run, and a result of this arm
+        heal_loop.main(run, loaded)
+    except runs.Ended as e:  # on record in the run, and a result of this arm
         print(f"{run.out} ended: {e}")
+    finally:
+        if loaded and hasattr(loaded[0], "lora_config"):
+            lora.detach(loaded[0])  # the next run gets the plain model
 
 
 class Here:
     """The executor that runs a job when it is submitted."""
+
     def submit(self, job, *args) -> Future:
         future = Future()
         future.set_result(job(*args))
@@ -123,98 +108,127 @@ def slurm(cfg: Config):
     try:
         import submitit
     except ImportError:
-        raise ValueError("--executor slurm needs the package submitit; fix: pip install submitit, or --executor local") from None
+        raise ValueError("--executor slurm needs the package submitit; "
+                         "fix: pip install submitit, or --executor local") from None
     try:
         executor = submitit.AutoExecutor(folder=cfg.out / "slurm", cluster="slurm")
     except RuntimeError as e:
-        raise ValueError(f"--executor slurm: {e}; fix: run it on the cluster's login node, or --executor local") from None
-    executor.update_parameters(timeout_min=int(60 * cfg.hours), gpus_per_node=1, slurm_partition=cfg.partition)
+        raise ValueError(f"--executor slurm: {e}; "
+                         "fix: run it on the cluster's login node, or --executor local") from None
+    executor.update_parameters(timeout_min=int(60 * cfg.hours), gpus_per_node=1,
+                               slurm_partition=cfg.partition)
     return executor
 
 
-def loaded_once(load):
-    """models.load that reads a model once per process and hands it out without the LoRA of the run before."""
-    cached = functools.cache(load)
-    def again(*which):
-        model, tok = cached(*which)
-        if hasattr(model, "lora_config"):
-            lora.detach(model)
-        return model, tok
-    return again
-
-
-# ---- the table --------------------------------------------------------------------------------------------------------
+# ---- the table ----------------------------------------------------------------------------------
 
 
 def over_seeds(values: list[float], digits: int) -> str:
-    """`mean [low, high]`, the 95 % t-interval over seeds; the mean alone for one seed."""
+    """`mean [low, high]`, the 95 % t-interval over seeds; the mean alone for fewer than three."""
     mean = np.mean(values)
-    if len(values) < 2:
+    if len(values) < 3:
         return f"{mean:.{digits}f}"
     half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
     return f"{mean:.{digits}f} [{mean - half:.{digits}f}, {mean + half:.{digits}f}]"
 
 
-def cells(name: str, points: list[tuple], coherent: list[int] | None = None) -> list[str]:
-    """A line of the table from (base profile, profile, event) of every seed."""
-    costs = [coh_cost(base, after) for base, after, _ in points]
-    priced, why = [c.value for c in costs if c.value is not None], sorted({c.why for c in costs if c.value is None})
+def arm_row(name: str, pairs: list[tuple[plot.Point, plot.Point]], coherent: list[int]) -> list[str]:
+    """A line of the table from (base, after) of every seed."""
+    costs = [coh_cost(base.profile, after.profile) for base, after in pairs]
+    priced = [c.value for c in costs if c.value is not None]
+    why = "; ".join(sorted({c.why for c in costs if c.value is None}))
     cost = over_seeds(priced, 4) if priced else ""
-    cost += f" ({len(costs) - len(priced)} of {len(costs)} n/a: {'; '.join(why)})" if why else ""
-    return [name, len(points), cost.strip(), *(over_seeds([after.nats(f) - base.nats(f) for base, after, _ in points], 2) for f in ("Authority", "Care")),
-            over_seeds([after.coherence - base.coherence for base, after, _ in points], 4), over_seeds([e["perplexity"] for *_, e in points], 1),
-            over_seeds([e["repetition"] for *_, e in points], 2), over_seeds(coherent, 1) if coherent else ""]
+    if why:
+        cost += f" ({len(costs) - len(priced)} of {len(costs)} n/a: {why})"
+
+    def delta(foundation):
+        return [after.profile.nats(foundation) - base.profile.nats(foundation) for base, after in pairs]
+    return [name, len(pairs), cost.strip(), over_seeds(delta("Authority"), 2), over_seeds(delta("Care"), 2),
+            over_seeds([after.profile.coherence - base.profile.coherence for base, after in pairs], 4),
+            over_seeds([after.event["perplexity"] for _, after in pairs], 1),
+            over_seeds([after.event["repetition"] for _, after in pairs], 2),
+            over_seeds(coherent, 1) if coherent else ""]
 
 
-def report(cfg: Config, runs: dict[str, list[heal_loop.Config]]) -> str:
-    """arms.md: every arm after its last round, against the base of its own run."""
-    rows, ended = [], []
-    for name, of_arm in runs.items():
-        measured = [plot.measured(events(run)) for run in of_arm]  # (stage, round, event, profile) of every evaluation
-        stages = [{(stage, r): (points[0][3], profile, event) for stage, r, event, profile in points} for points in measured]
-        if not rows and (steered := [s["steered", 0] for s in stages if ("steered", 0) in s]):
-            rows.append(cells("steered r0, untrained", steered))
-        healed = [[s["healed", r] for r in range(cfg.rounds) if ("healed", r) in s] for s in stages]
-        coherent = [next((r for r, (_, after, _) in enumerate(h) if after.coherence < COHERENCE_FLOOR), len(h)) for h in healed]
-        if any(healed):
-            rows.append(cells(name, [h[-1] for h in healed if h], coherent))
-        ended += [f"- {run.out.name}, round {e['round']}: {e['why']}" for run in of_arm for e in events(run) if e["stage"] == "ended"]
-    first = plot.measured(events(next(iter(runs.values()))[0]))[0]
-    asked, default = heal_loop.recorded(next(iter(runs.values()))[0]), heal_loop.recorded(heal_loop.Config())
-    chosen = {"reg": cfg.reg, "agg": cfg.agg, "seeds": cfg.seeds, "rounds": cfg.rounds}
-    chosen |= {k: v for k, v in asked.items() if k not in {*chosen, "seed", "baselines"} and v != default[k]}
-    flags = " ".join(f"--{k.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, (tuple, list)) else v}" for k, v in chosen.items())
-    head = ["arm", "seeds", "coh_cost", "Δauth (nats)", "Δcare (nats)", "Δcoherence", "perplexity", "repetition", f"coherent rounds of {cfg.rounds}"]
+def arm_rows(cfg: Config, by_arm: dict[str, list[heal_loop.Config]]) -> list[list[str]]:
+    """Every arm after its last round, against the base of its own run; above them steering untrained."""
+    rows = []
+    for arm, of_arm in by_arm.items():
+        last, coherent, steered = [], [], []
+        for run in of_arm:
+            base, *points = plot.measured(runs.read_events(run.out))
+            steered += [(base, p) for p in points if (p.stage, p.round) == ("steered", 0)]
+            healed = [p for p in points if p.stage == "healed"]
+            broken = [k for k, p in enumerate(healed) if p.profile.coherence < COHERENCE_FLOOR]
+            if healed:
+                last.append((base, healed[-1]))
+                coherent.append(broken[0] if broken else len(healed))
+        if steered and not rows:
+            rows.append(arm_row("steered r0, untrained", steered, []))
+        if last:
+            rows.append(arm_row(arm, last, coherent))
+    return rows
+
+
+def flags_of(cfg: Config) -> str:
+    """The flags that make this table, those at their default left out."""
+    chosen = {"reg": cfg.reg, "agg": cfg.agg, "seeds": cfg.seeds, "rounds": cfg.run.rounds}
+    default = runs.settings(heal_loop.Config())
+    for name, value in runs.settings(cfg.run).items():
+        if value != default[name] and name not in (*chosen, "seed", "baselines"):
+            chosen[name] = value
+    words = []
+    for name, value in chosen.items():
+        value = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
+        words.append(f"--{name.replace('_', '-')} {value}")
+    return " ".join(words)
+
+
+def report(cfg: Config, by_arm: dict[str, list[heal_loop.Config]]) -> str:
+    """arms.md."""
+    every = [run for of_arm in by_arm.values() for run in of_arm]
+    base = plot.measured(runs.read_events(every[0].out))[0]
+    device = models.best_device() if cfg.run.device == "auto" else cfg.run.device
+    head = ["arm", "seeds", "coh_cost", "Δauth (nats)", "Δcare (nats)", "Δcoherence", "perplexity",
+            "repetition", f"coherent rounds of {cfg.run.rounds}"]
+    table = tabulate(arm_rows(cfg, by_arm), head, tablefmt="github", disable_numparse=True)
+    ended = [f"- {run.out.name}, round {e['round']}: {e['why']}"
+             for run in every for e in runs.read_events(run.out) if e["stage"] == "ended"]
+    early = "\nRuns that ended early:\n\n" + "\n".join(ended) + "\n" if ended else ""
     return f"""# Arms
 
-`python sweep.py {flags}` · {os.cpu_count()} cores, {models.best_device() if cfg.device == "auto" else cfg.device} · {len(first[3].ids)} vignettes
+`python sweep.py {flags_of(cfg)}` · {os.cpu_count()} cores, {device} · {len(base.profile.ids)} vignettes
 
-After the last round, against the base of the same run: mean over seeds, in brackets the 95 % t-interval over seeds (the interval over
-vignettes within one run is in that run's report). coh_cost = |Δcoherence| / |Δauth|, without value below coherence {COHERENCE_FLOOR} or where
-the trait hardly moved. Perplexity under the original and repetition of greedy completions of held-out prompts; the base has {first[2]["perplexity"]:.1f} and
-{first[2]["repetition"]:.2f}. Coherent rounds: how many before coherence first fell below {COHERENCE_FLOOR}.
+After the last round, against the base of the same run: mean over seeds, in brackets, from three seeds on, the
+95 % t-interval over seeds (the interval over vignettes within one run is in that run's report).
+coh_cost = |Δcoherence| / |Δauth|, without value below coherence {COHERENCE_FLOOR} or where the trait hardly
+moved. Perplexity under the original and repetition of greedy completions of held-out prompts; the base has
+{base.event["perplexity"]:.1f} and {base.event["repetition"]:.2f}. Coherent rounds: how many before coherence
+first fell below {COHERENCE_FLOOR}.
 
-{tabulate(rows, head, tablefmt="github", disable_numparse=True)}
-""" + ("\nRuns that ended early:\n\n" + "\n".join(ended) + "\n" if ended else "")
+{table}
+{early}"""
 
 
 def main(cfg: Config) -> None:
-    runs = arms(cfg)
-    every = [run for of_arm in runs.values() for run in of_arm]
-    heal_loop.checked(every[0])
-    todo = sum(not finished(run) for run in every)
-    executor = slurm(cfg) if cfg.executor == "slurm" else Here()
-    print(f"{len(every)} runs in {cfg.out}, {todo} to do", flush=True)
-    first, *others = runs.values()
+    by_arm = arms(cfg)
+    every = [run for of_arm in by_arm.values() for run in of_arm]
+    texts.read(cfg.run.trait, cfg.run.pos, cfg.run.neg, cfg.run.n_contexts, cfg.run.vignettes,
+               cfg.run.n_vignettes)  # a mistake there is told before a folder appears
+    todo = [run for run in every if not is_finished(run)]
+    here = cfg.executor == "local"
+    executor = Here() if here else slurm(cfg)
+    print(f"{len(every)} runs in {cfg.out}, {len(todo)} to do", flush=True)
+    loaded = models.load(cfg.run.model, cfg.run.device, cfg.run.dtype) if here and todo else None
+    first, *others = by_arm.values()
     trunk = {run.seed: run for run in first}
-    with patch.object(models, "load", loaded_once(models.load)):
-        for wave in (first, [run for of_arm in others for run in of_arm]):  # the others copy from the first
-            for job in [executor.submit(run_arm, run, trunk[run.seed]) for run in wave]:
-                job.result()
+    for wave in (first, [run for of_arm in others for run in of_arm]):  # the others fork from the first
+        for job in [executor.submit(run_arm, run, trunk[run.seed], loaded) for run in wave]:
+            job.result()
     cfg.table.parent.mkdir(parents=True, exist_ok=True)
-    models.write_text(cfg.table, report(cfg, runs))
+    runs.write_text(cfg.table, report(cfg, by_arm))
     print(cfg.table.read_text())
 
 
 if __name__ == "__main__":
-    models.cli(Config, main)
+    runs.cli(Config, main, rest="run")

@@ -1,302 +1,222 @@
-"""Whole runs: the smoke run on the embedded model, and a tiny one that is killed, starved of disk and resumed."""
+"""Whole runs: the smoke run on the embedded model, and a tiny one that is killed, starved and forked."""
 import json
 import os
-import shutil
-import signal
+import re
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
-import distil
+import evaluate
 import heal_loop
 import lora
 import models
 import plot
-from conftest import ROOT, tiny
-from steer import SteeringVector
+import runs
+from conftest import ROOT, command, flags, python
 
-SMOKE = "--rounds 1 --n-keep 8 --max-new-tokens 24 --n-vignettes 14 --epochs 1"
-FILES = ["adapter.safetensors", "config.json", "events.jsonl", "kept_r0.jsonl", "map.html", "report.html", "sampled_r0.jsonl", "trajectory.png",
-         "vector_r0.safetensors"]
-
-
-def python(*args, cwd=ROOT, **kw):
-    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, **kw)
+ROUND = {"adapter.safetensors", "events.jsonl", "kept.jsonl", "sampled.jsonl", "vector.safetensors"}
+TOP = {"config.json", "events.jsonl", "lock", "map.html", "report.html", "round_0", "trajectory.png"}
 
 
+def names(folder):
+    return {p.name for p in folder.iterdir()}
+
+
+def stages(folder):
+    return [e["stage"] for e in runs.read_events(folder)]
+
+
+@pytest.mark.slow
 def test_the_smoke_run_leaves_a_whole_run_folder(tmp_path):
     out = tmp_path / "run"
-    done = python("heal_loop.py", *SMOKE.split(), "--out", out)
+    done = python("heal_loop.py", *("--rounds 1 --n-keep 8 --max-new-tokens 24 --n-vignettes 7 --epochs 1 "
+                                    "--no-baselines").split(), "--out", out)
     assert done.returncode == 0, done.stderr
-    assert {p.name for p in out.iterdir()} == {*FILES, "lock"}
+    assert names(out) == TOP and names(out / "round_0") == ROUND
     assert "base" in done.stdout and "healed r0" in done.stdout and "coh_cost" in done.stdout
-    said = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "it/s" not in line and "/" not in line]
-    assert said == [], "a library spoke"
-    events = distil.read_jsonl(out / "events.jsonl")
-    assert [e["stage"] for e in events] == ["base", "prompted", "extract", "distil", "steered", "heal", "healed", "matched"]
-    kept = distil.read_jsonl(out / "kept_r0.jsonl")
-    assert len(kept) == 8 and all([m["role"] for m in k["messages"]] == ["system", "user", "assistant"] and k["verdict"] == "kept" for k in kept)
-    assert "/root" not in (out / "config.json").read_text() and str(ROOT) not in "".join((out / f).read_text() for f in FILES if f.endswith(("json", "jsonl", "html")))
-    again = python("plot.py", out)
-    assert again.returncode == 0, again.stderr
+    assert done.stderr == "", "a library spoke, or a bar was drawn where nobody looks"
+    assert stages(out) == ["base", "extract", "distil", "steered", "heal", "healed"]
+    kept = runs.read_jsonl(out / "round_0" / "kept.jsonl")
+    assert len(kept) == 8 and all(row["verdict"] == "kept" for row in kept)
+    assert all([m["role"] for m in row["messages"]] == ["system", "user", "assistant"] for row in kept)
+    for file in out.rglob("*"):
+        if file.suffix in (".json", ".jsonl", ".html"):
+            assert str(ROOT) not in file.read_text() and "/root" not in file.read_text(), file
     model, tok = models.load("smollm2")
-    lora.load(model, out / "adapter.safetensors")
+    lora.load(model, out / "round_0" / "adapter.safetensors")
     assert lora.n_rounds(model) == 1
 
 
+def test_the_baselines_are_measured_around_the_rounds(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "COHERENCE_FLOOR", 0.0)  # a random model has no coherence to lose
+    out = tmp_path / "run"
+    command(monkeypatch, "heal_loop", *flags(tiny_folder), "--baselines", "--out", out)
+    assert stages(out) == ["base", "prompted", "extract", "distil", "steered", "heal", "healed", "matched"]
+    said = capsys.readouterr().out
+    assert "persona prompt" in said and "steering alone" in said
+    again = {p.name: p.read_bytes() for p in out.glob("*.*")}
+    command(monkeypatch, "plot", out)
+    assert {p.name: p.read_bytes() for p in out.glob("*.*")} == again, "pictures are made of the folder alone"
+
+
+# ---- a run goes on as if nothing had happened ---------------------------------------------------
+
+
 @pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory):
-    """A random Llama with the embedded model's tokenizer: the loop's every stage in about two seconds."""
-    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
-    tiny("llama", vocab_size=49152, max_position_embeddings=512, eos_token_id=2).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(models.embedded_folder() / name, folder)
-    return folder
+def driver(tiny_folder, tmp_path_factory):
+    """kill_driver.py, which has imported everything and made the run that others are compared with."""
+    work = tmp_path_factory.mktemp("kills")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "kill_driver.py"), json.dumps(flags(tiny_folder)), str(work)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert json.loads(process.stdout.readline()) == "ready"
+    yield process
+    process.stdin.close()
+    process.wait()
 
 
-def flags(folder):
-    return ["--model", str(folder), *("--rounds 1 --n-keep 6 --max-new-tokens 12 --n-vignettes 14 --epochs 2 --batch-size 2 --n-contexts 4 "
-            "--max-perplexity 1e9 --min-diversity 0 --max-repetition 1 --dtype float32 --no-baselines").split()]
-
-
-# One process that has imported everything forks a child per attempt; one thread, since a forked OpenMP pool is dead.
-DRIVER = """
-import json, os, random, shutil, signal, sys, time
-import torch
-torch.set_num_threads(1)
-import heal_loop, lora, models, steer
-from pathlib import Path
-flags, work = json.loads(sys.argv[1]), Path(sys.argv[2])
-
-def attempt(flags, before=lambda: None):
-    pid = os.fork()
-    if pid == 0:
-        devnull = os.open(os.devnull, os.O_WRONLY); os.dup2(devnull, 1)
-        err = os.open(work / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC); os.dup2(err, 2)
-        code = 70
-        try:
-            before(); sys.argv = ["heal_loop.py", *flags]
-            models.cli(heal_loop.Config, heal_loop.main); code = 0
-        except SystemExit as e:
-            code = e.code or 0
-        except BaseException:
-            import traceback; traceback.print_exc()
-        finally:
-            sys.stderr.flush(); os._exit(code)
-    return pid
-
-def wait(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-def contents(folder):
-    files = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "lock"}
-    events = [json.loads(l) for l in files["events.jsonl"].splitlines()]
-    for e in events: e.pop("seconds", None)
-    return files | {"events.jsonl": json.dumps(events).encode()}
-
-def same(folder):
-    a, b = contents(work / "whole"), contents(folder)
-    assert a.keys() == b.keys(), (sorted(a), sorted(b))
-    different = [k for k in a if a[k] != b[k]]
-    assert not different, different
-
-def begin(out):
-    return ["--resume", str(out)] if (out / "config.json").exists() else [*flags, "--out", str(out)]
-
-assert wait(attempt([*flags, "--out", str(work / "whole")])) == 0, (work / "stderr").read_text()
-"""
-
-RANDOM_KILLS = DRIVER + """
-random.seed(0)
-start = time.time(); shutil.rmtree(work / "again", ignore_errors=True)
-assert wait(attempt([*flags, "--out", str(work / "again")])) == 0
-span = time.time() - start
-same(work / "again")
-kills, runs = 0, 0
-while kills < 20:
-    out = work / f"killed{runs}"; runs += 1
-    while True:
-        pid = attempt(begin(out))
-        time.sleep(random.uniform(0.05, 0.6) * span)
-        os.kill(pid, signal.SIGKILL)
-        code = wait(pid)
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL, (code, (work / "stderr").read_text())
-        kills += 1
-        if not out.exists() or not (out / "config.json").exists(): shutil.rmtree(out, ignore_errors=True)
-        if kills >= 20 + 5 * runs:
-            assert wait(attempt(begin(out))) == 0, (work / "stderr").read_text(); break
-    same(out)
-print(f"{kills} kills at random moments, {runs} runs, all equal")
-"""
-
-WRITE_KILLS = DRIVER + """
-def kill_at(n):
-    def install():
-        real, seen = os.replace, [0]
-        def replace(src, dst):
-            seen[0] += 1
-            if seen[0] == n: os.kill(os.getpid(), signal.SIGKILL)
-            real(src, dst)
-        os.replace = replace
-    return install
-n, kinds = 0, set()
-while True:
-    n += 1
-    out = work / f"write{n}"
-    code = wait(attempt([*flags, "--out", str(out)], kill_at(n)))
-    if code == 0: break
-    assert code == -signal.SIGKILL, (code, (work / "stderr").read_text())
-    kinds |= {p.name.removesuffix(".tmp") for p in out.glob("*.tmp")}
-    if not (out / "config.json").exists(): shutil.rmtree(out)
-    assert wait(attempt(begin(out))) == 0, (work / "stderr").read_text()
-    for left in out.glob("*.tmp"): left.unlink()
-    same(out)
-    shutil.rmtree(out)
-assert n > 15 and len(kinds) >= 10, (n, kinds)
-print(f"{n - 1} kills, within each of the run's writes, {len(kinds)} kinds of file not yet in place, all equal")
-"""
-
-FULL_DISK = DRIVER + """
-import subprocess
-disk = work / "disk"; disk.mkdir()
-full = 0
-size = sum(len(v) for v in contents(work / "whole").values())
-for share in (0.002, 0.005, 0.01, 0.02, 0.03):
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(share * size) // 4096 * 4096 or 4096}", "tmpfs", str(disk)], capture_output=True).returncode:
-        print("no mount"); break
-    try:
-        out = disk / "run"
-        code = wait(attempt([*flags, "--out", str(out)]))
-        said = (work / "stderr").read_text()
-        assert code == 1 and said.count("error:") == 1 and "Traceback" not in said and "o space" in said, (code, said)
-        full += 1
-        subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
-        assert wait(attempt(begin(out))) == 0, (work / "stderr").read_text()
-        for left in out.glob("*.tmp"): left.unlink()
-        same(out)
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-print(f"{full} full disks, all told in one line and resumed equal")
-"""
-
-NO_PERMISSION = DRIVER + """
-os.chmod(work, 0o755)
-out = work / "run"
-pid = attempt([*flags, "--out", str(out)])
-while not (out / "vector_r0.safetensors").exists(): time.sleep(0.005)
-os.kill(pid, signal.SIGKILL); wait(pid)
-def unprivileged():
-    if os.getuid() == 0: os.setuid(65534)
-os.chmod(out, 0o555)
-(work / "stderr").touch(); os.chmod(work / "stderr", 0o666)
-code = wait(attempt(["--resume", str(out)], unprivileged))
-said = (work / "stderr").read_text()
-assert code == 1 and said.count("error:") == 1 and "Traceback" not in said and "ermission" in said, (code, said)
-os.chmod(out, 0o755)
-assert wait(attempt(["--resume", str(out)])) == 0, (work / "stderr").read_text()
-for left in out.glob("*.tmp"): left.unlink()
-same(out)
-print("no write permission told and resumed")
-"""
-
-INTERRUPTED = DRIVER + """
-out = work / "run"
-pid = attempt([*flags, "--out", str(out)])
-while not (out / "vector_r0.safetensors").exists(): time.sleep(0.005)
-os.kill(pid, signal.SIGSTOP)
-second = wait(attempt(["--resume", str(out)]))
-said = (work / "stderr").read_text()
-assert second == 1 and "another process is at work" in said, (second, said)
-os.kill(pid, signal.SIGCONT); os.kill(pid, signal.SIGINT)
-code = wait(pid)
-assert code == 130, (code, (work / "stderr").read_text())
-assert wait(attempt(["--resume", str(out), "--lam", "7"])) == 1
-said = (work / "stderr").read_text()
-assert "--lam 7.0 was 2.0" in said and "Traceback" not in said, said
-(out / "events.jsonl").write_bytes((out / "events.jsonl").read_bytes()[:-20])  # a torn last line
-assert wait(attempt(["--resume", str(out)])) == 0, (work / "stderr").read_text()
-same(out)
-print("interrupted, refused a second process and a changed setting, survived a torn line")
-"""
-
-
-@pytest.mark.parametrize("script, says", [(RANDOM_KILLS, "kills at random moments"), (WRITE_KILLS, "each of the run's writes"), (FULL_DISK, "full disks"),
-                                          (NO_PERMISSION, "told and resumed"), (INTERRUPTED, "survived a torn line")],
-                         ids=["killed_at_random_moments", "killed_at_every_write", "disk_full", "no_write_permission", "ctrl_c_and_second_process"])
-def test_a_run_goes_on_as_if_nothing_had_happened(script, says, tiny_folder, tmp_path):
-    done = python("-c", script, json.dumps(flags(tiny_folder)), tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    if "no mount" in done.stdout:
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario, says", [
+    ("killed_at_random_moments", "kills at random moments"),
+    ("killed_at_every_write", "within each of the run's writes"),
+    ("disk_full", "full disks"),
+    ("no_write_permission", "told in one line and resumed"),
+    ("interrupted_and_shared", "survived a torn line")])
+def test_a_run_goes_on_as_if_nothing_had_happened(scenario, says, driver):
+    driver.stdin.write(scenario + "\n")
+    driver.stdin.flush()
+    answer = json.loads(driver.stdout.readline())
+    if answer == "no mount":
         pytest.skip("mounting a small tmpfs needs root")
-    print(done.stdout)
-    assert says in done.stdout
+    assert says in answer, answer
+    print(answer)
 
 
-def test_a_default_run_opens_no_socket(tiny_folder, tmp_path):
-    use = """
-import socket, sys
-def refuse(*a, **k): raise AssertionError("a socket was opened")
-socket.socket.connect = refuse; socket.create_connection = refuse; socket.getaddrinfo = refuse
-import heal_loop, models
-sys.argv = ["heal_loop.py", *sys.argv[1:]]
-models.cli(heal_loop.Config, heal_loop.main)
-"""
-    done = python("-c", use, *flags(tiny_folder), "--out", tmp_path / "run")
-    assert done.returncode == 0, done.stderr[-2000:]
+# ---- rounds that cannot be finished -------------------------------------------------------------
 
 
-def test_a_starved_run_says_which_rule_dropped_most_and_keeps_what_it_has(tiny_folder, tmp_path):
-    strict = [f for f in flags(tiny_folder) if f not in ("--max-perplexity", "1e9")] + ["--max-perplexity", "1.5"]
-    done = python("heal_loop.py", *strict, "--out", tmp_path / "run")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "data starved: 0 of 6" in done.stderr and "perplexity" in done.stderr and "--max-perplexity" in done.stderr
-    assert (tmp_path / "run/report.html").exists() and "data starved" in (tmp_path / "run/report.html").read_text()
+def test_a_starved_run_says_which_rule_dropped_most_and_keeps_what_it_sampled(
+        tiny_folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stopped:
+        command(monkeypatch, "heal_loop", *flags(tiny_folder), "--max-perplexity", "1.5", "--out", out)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and said.count("error:") == 1
+    assert all(word in said for word in ("data starved: 0 of 6", "perplexity", "--max-perplexity"))
+    assert names(out) == TOP - {"round_0"} | {"ended_round_0"}
+    assert len(runs.read_jsonl(out / "ended_round_0" / "sampled.jsonl")) > 6
+    assert stages(out) == ["base", "ended"] and "data starved" in (out / "report.html").read_text()
 
 
-def test_training_that_diverges_stops_with_the_step_and_keeps_the_adapter(embedded):
+def test_training_that_diverges_stops_with_the_step_and_leaves_the_rounds_before(embedded, monkeypatch):
     model, tok = embedded
-    rows = [{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": f"question {k}"}, {"role": "assistant", "content": "an answer"}],
-             "finished": True} for k in range(9)]
+    rows = []
+    for k in range(9):
+        turns = [("system", "s"), ("user", f"question {k}"), ("assistant", "an answer")]
+        rows.append({"messages": [{"role": r, "content": c} for r, c in turns], "finished": True})
     lora.attach(model, rank=2, alpha=4)
     try:
         lora.fold(model)
         cfg = heal_loop.Config(lr=1e-3, epochs=1, batch_size=4)
         real = heal_loop.heal_step
-        def broken(*args):
-            return real(*args) | {"data_loss": float("nan")}
-        heal_loop.heal_step = broken
+        monkeypatch.setattr(heal_loop, "heal_step",
+                            lambda *args, **how: real(*args, **how) | {"data_loss": float("nan")})
         with pytest.raises(heal_loop.Diverged, match="not finite at step 1 of 2.*an answer"):
             heal_loop.heal_round(model, tok, rows, cfg, seed=0)
         assert lora.n_rounds(model) == 1
     finally:
-        heal_loop.heal_step = real
         lora.detach(model)
 
 
+def test_a_collapsed_student_ends_the_loop_also_when_it_is_resumed(tiny_folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"  # a random model has no mass on the answers: its first round is its last
+    command(monkeypatch, "heal_loop", *flags(tiny_folder), "--rounds", 3, "--out", out)
+    command(monkeypatch, "heal_loop", "--resume", out)
+    assert stages(out) == ["base", "extract", "distil", "steered", "heal", "healed", "ended"]
+    assert "the loop ended early: coherence fell below 0.85" in capsys.readouterr().out
+
+
+# ---- forks --------------------------------------------------------------------------------------
+
+
+def test_a_fork_heals_the_same_data_another_way(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "COHERENCE_FLOOR", 0.0)
+    out = tmp_path / "fork"
+    command(monkeypatch, "heal_loop", "--fork", run, "--at", 1, "--tau", 0, "--lam", 50, "--out", out)
+    settings = json.loads((out / "config.json").read_text())
+    assert (settings["lam"], settings["tau"], settings["n_keep"]) == (50, 0, 6), "the run's own but for these"
+    for name in ROUND:  # what was healed before is its own
+        assert (out / "round_0" / name).read_bytes() == (run / "round_0" / name).read_bytes()
+    for name in ("vector.safetensors", "sampled.jsonl", "kept.jsonl"):
+        assert (out / "round_1" / name).read_bytes() == (run / "round_1" / name).read_bytes()
+    ours, theirs = ((f / "round_1" / "adapter.safetensors").read_bytes() for f in (out, run))
+    assert ours != theirs
+    events = runs.read_events(out)
+    assert [e["run"] for e in events if e["stage"] == "forked"] == [run.name]
+    steered = [[e for e in runs.read_events(f) if (e["stage"], e["round"]) == ("steered", 1)] for f in (out, run)]
+    assert steered[0] == steered[1] and len(steered[0]) == 1
+    assert names(out) == TOP | {"round_1"}
+
+
+def test_a_fork_with_nothing_changed_is_the_run(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "COHERENCE_FLOOR", 0.0)
+    out = tmp_path / "fork"
+    command(monkeypatch, "heal_loop", "--fork", run, "--out", out)
+    for r in (0, 1):
+        for name in ROUND - {"events.jsonl"}:
+            assert (out / f"round_{r}" / name).read_bytes() == (run / f"round_{r}" / name).read_bytes()
+
+
+# ---- small things -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_default_run_opens_no_socket(tiny_folder, tmp_path):
+    use = """
+import socket, sys
+def refuse(*a, **k): raise AssertionError("a socket was opened")
+socket.socket.connect = refuse; socket.create_connection = refuse; socket.getaddrinfo = refuse
+import heal_loop, runs
+sys.argv = ["heal_loop.py", *sys.argv[1:]]
+runs.cli(heal_loop.Config, heal_loop.main)
+"""
+    done = python("-c", use, *flags(tiny_folder), "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_model_text_is_escaped_in_the_report(tmp_path):
-    profile = {"ids": ["a", "b"], "labels": ["Care", "Authority"], "p": [[1 / 7] * 7] * 2, "mass": [0.9, 0.95], "constants": None}
+    profile = {"ids": ["a", "b"], "labels": ["Care", "Authority"], "p": [[1 / 7] * 7] * 2,
+               "mass": [0.9, 0.95], "constants": None}
     event = {"stage": "base", "round": -1, "perplexity": 2.0, "repetition": 0.1, "profile": profile,
              "texts": [{"prompt": "<img src=x>", "text": "<script>alert(1)</script>"}]}
     (tmp_path / "events.jsonl").write_text(json.dumps(event) + "\n")
-    (tmp_path / "config.json").write_text(json.dumps(heal_loop.recorded(heal_loop.Config())))
+    (tmp_path / "config.json").write_text(json.dumps(runs.settings(heal_loop.Config())))
     plot.main(plot.Config(tmp_path))
     page = (tmp_path / "report.html").read_text()
     assert "<script>" not in page and "&lt;script&gt;alert(1)" in page and "<img src=x>" not in page
 
 
-@pytest.mark.parametrize("command, says", [
-    ("steer.py --trait care --dose 0 2 4 --prompt Help? --n-contexts 4 --max-new-tokens 8", ["--- dose 0", "--- dose 2", "--- dose 4", "perplexity"]),
-    ("distil.py --n-keep 2 --max-new-tokens 24 --n-contexts 4 --out {tmp}/kept.jsonl", ["kept 2 of"]),
-    ("evaluate.py --n-vignettes 7", ["auth_nats", "coherence", "top1"])])
-def test_each_command_works_alone(command, says, tmp_path):
-    done = python(*command.format(tmp=tmp_path).split())
-    assert done.returncode == 0, done.stderr
-    assert all(s in done.stdout for s in says), done.stdout
-    if "distil" in command:
-        rows = distil.read_jsonl(tmp_path / "kept.jsonl")
-        assert len(rows) == 2 and set(rows[0]) == {"messages", "dose", "finished", "perplexity", "repetition", "verdict", "band"}
+@pytest.mark.parametrize("line, says", [
+    ("steer --trait care --dose 0 2 4 --prompt Help? --n-contexts 4 --max-new-tokens 8",
+     ["--- dose 0", "--- dose 2", "--- dose 4"]),
+    ("distil --n-keep 2 --max-new-tokens 12 --n-contexts 4 --max-perplexity 1e9 --min-diversity 0 "
+     "--max-repetition 1 --out {tmp}/distilled", ["kept 2 of"]),
+    ("evaluate --n-vignettes 7", ["auth_nats", "coherence", "top1"])])
+def test_each_command_works_alone(line, says, tiny_folder, tmp_path, monkeypatch, capsys):
+    module, *argv = line.format(tmp=tmp_path).split()
+    command(monkeypatch, module, *argv, "--model", tiny_folder)
+    said = capsys.readouterr().out
+    assert all(s in said for s in says), said
+    if module == "distil":
+        rows = runs.read_jsonl(tmp_path / "distilled" / "kept.jsonl")
+        assert len(rows) == 2 and set(rows[0]) == {
+            "messages", "dose", "finished", "perplexity", "repetition", "verdict", "band"}
+
+
+def test_every_command_says_what_its_flags_mean():
+    for file in ("heal_loop", "distil", "evaluate", "steer", "export", "sweep", "plot"):
+        source = (ROOT / f"{file}.py").read_text()
+        config = re.search(r"class Config:\n(.*?)\n\n\n|class Config:\n(.*?)\n\n    def", source, re.S)[0]
+        for field in re.findall(r"^ +\w+: .* = .*$|^ +\w+: [^=\n]*$", config, re.M):
+            assert "#" in field or f'{field.split(":")[0].strip()}: tuple[Literal' in field, field

@@ -1,0 +1,238 @@
+"""Kills, full disks and interruptions of a tiny run, each compared with a run that was left alone.
+
+One process that has imported everything forks a child per attempt; one thread, since a forked OpenMP
+pool is dead. test_run.py writes a scenario's name to stdin and reads what came of it from stdout.
+"""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import heal_loop  # noqa: E402
+import runs  # noqa: E402
+
+FLAGS, WORK = json.loads(sys.argv[1]), Path(sys.argv[2])
+WHOLE, ERRORS = WORK / "whole", WORK / "stderr"
+
+
+def attempt(flags, before=lambda: None) -> int:
+    """Start `python heal_loop.py flags` in a forked child; -> its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(ERRORS, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    code = 70
+    try:
+        before()
+        sys.argv = ["heal_loop.py", *flags]
+        runs.cli(heal_loop.Config, heal_loop.main)
+        code = 0
+    except SystemExit as e:
+        code = e.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(pid) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def said() -> str:
+    return ERRORS.read_text()
+
+
+def begin(out):
+    """The flags that go on with a run, or start it where it never got as far as its settings."""
+    if (out / "config.json").exists():
+        return ["--resume", str(out)]
+    shutil.rmtree(out, ignore_errors=True)
+    return [*FLAGS, "--out", str(out)]
+
+
+def finish(out) -> None:
+    assert wait(attempt(begin(out))) == 0, said()
+
+
+def contents(folder) -> dict:
+    """Every file of a run but the lock, events without their seconds."""
+    found = {}
+    for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "lock"):
+        data = file.read_bytes()
+        if file.name == "events.jsonl":
+            events = [json.loads(line) for line in data.splitlines()]
+            data = json.dumps([{k: v for k, v in e.items() if k != "seconds"} for e in events])
+        found[str(file.relative_to(folder))] = data
+    return found
+
+
+def assert_same_as_whole(folder) -> None:
+    for left in folder.glob("*.tmp"):  # of a write that never came to its rename
+        left.unlink()
+    a, b = contents(WHOLE), contents(folder)
+    assert a.keys() == b.keys(), (sorted(a), sorted(b))
+    different = [name for name in a if a[name] != b[name]]
+    assert not different, different
+
+
+def one_line(*words) -> None:
+    text = said()
+    assert text.count("error:") == 1 and "Traceback" not in text, text
+    assert all(word in text for word in words), text
+
+
+# ---- scenarios ----------------------------------------------------------------------------------
+
+
+def killed_at_random_moments() -> str:
+    random.seed(0)
+    start = time.time()
+    finish(WORK / "again")
+    span = time.time() - start
+    assert_same_as_whole(WORK / "again")
+    kills, n_runs = 0, 0
+    while kills < 20:
+        out = WORK / f"killed{n_runs}"
+        n_runs += 1
+        for _ in range(5):
+            pid = attempt(begin(out))
+            time.sleep(random.uniform(0.05, 0.9) * span)
+            os.kill(pid, signal.SIGKILL)
+            code = wait(pid)
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL, (code, said())
+            kills += 1
+        else:
+            finish(out)
+        assert_same_as_whole(out)
+        shutil.rmtree(out)
+    return f"{kills} kills at random moments, {n_runs} runs, all equal"
+
+
+def killed_at_every_write() -> str:
+    def kill_at(n):
+        def install():
+            real, seen = os.replace, [0]
+
+            def replace(src, dst):
+                seen[0] += 1
+                if seen[0] == n:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                real(src, dst)
+            os.replace = replace
+        return install
+
+    n, kinds = 0, set()
+    while True:
+        n += 1
+        out = WORK / f"write{n}"
+        code = wait(attempt([*FLAGS, "--out", str(out)], kill_at(n)))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, (code, said())
+        kinds |= {p.name for p in out.rglob("*.tmp")}
+        finish(out)
+        assert_same_as_whole(out)
+        shutil.rmtree(out)
+    assert n > 10 and {"config.json.tmp", "events.jsonl.tmp", "round_0.tmp", "report.html.tmp"} <= kinds
+    return f"{n - 1} kills, within each of the run's writes, {len(kinds)} kinds of file, all equal"
+
+
+def disk_full() -> str:
+    disk = WORK / "disk"
+    disk.mkdir()
+    size = sum(len(data) for data in contents(WHOLE).values())
+    full = 0
+    for share in (0.002, 0.01, 0.03):
+        room = int(share * size) // 4096 * 4096 or 4096
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(disk)]
+        if subprocess.run(mount, capture_output=True).returncode:
+            return "no mount"
+        try:
+            out = disk / "run"
+            assert wait(attempt([*FLAGS, "--out", str(out)])) == 1
+            one_line("o space")
+            full += 1
+            subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
+            finish(out)
+            assert_same_as_whole(out)
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+    return f"{full} full disks, all told in one line and resumed equal"
+
+
+def killed_in_round(out) -> None:
+    """Start a run and kill it once its first round is under way."""
+    pid = attempt([*FLAGS, "--out", str(out)])
+    while not (out / "round_0.tmp" / "vector.safetensors").exists():
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    wait(pid)
+
+
+def no_write_permission() -> str:
+    os.chmod(WORK, 0o755)
+    out = WORK / "locked"
+    killed_in_round(out)
+
+    def unprivileged():
+        if os.getuid() == 0:
+            os.setuid(65534)
+    os.chmod(out, 0o555)
+    ERRORS.touch()
+    os.chmod(ERRORS, 0o666)
+    assert wait(attempt(["--resume", str(out)], unprivileged)) == 1
+    one_line("ermission")
+    os.chmod(out, 0o755)
+    finish(out)
+    assert_same_as_whole(out)
+    return "no write permission: told in one line and resumed equal"
+
+
+def interrupted_and_shared() -> str:
+    out = WORK / "stopped"
+    pid = attempt([*FLAGS, "--out", str(out)])
+    while not (out / "round_0.tmp" / "vector.safetensors").exists():
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGSTOP)
+    assert wait(attempt(["--resume", str(out)])) == 1
+    one_line("another process is at work")
+    os.kill(pid, signal.SIGCONT)
+    os.kill(pid, signal.SIGINT)
+    assert wait(pid) == 130, said()
+    assert "--resume" in said() and not list(out.glob("round_0*"))
+    assert wait(attempt(["--resume", str(out), "--lam", "7"])) == 1
+    one_line("--lam 7.0 was 2.0")
+    events = out / "events.jsonl"
+    events.write_bytes(events.read_bytes()[:-20])  # a torn last line
+    finish(out)
+    assert_same_as_whole(out)
+    return "interrupted, refused a second process and a changed setting, survived a torn line"
+
+
+SCENARIOS = {f.__name__: f for f in (killed_at_random_moments, killed_at_every_write, disk_full,
+                                     no_write_permission, interrupted_and_shared)}
+
+if __name__ == "__main__":
+    finish(WHOLE)
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        try:
+            answer = SCENARIOS[line.strip()]()
+        except BaseException:
+            answer = traceback.format_exc()
+        print(json.dumps(answer), flush=True)
