@@ -60,7 +60,7 @@ def export_peft(model, folder, dose: float = 1.0) -> None:
         tensors[f"base_model.model.{name}.lora_B.weight"] = (dose * m.history_B).cpu().contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": lora.base_name(model),
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": models.base_name(model),
         "r": rounds * config["rank"], "lora_alpha": rounds * config["alpha"], "lora_dropout": 0.0,
         "bias": "none", "target_modules": sorted(modules), "fan_in_fan_out": False,
         "inference_mode": True, "use_rslora": False, "use_dora": False}
@@ -220,7 +220,7 @@ def export_student(cfg: Config) -> None:
                                    _raise_exceptions_for_missing_entries=False)
                 if file:
                     shutil.copy(file, out)
-        base, rank = lora.base_name(model), rounds * model.lora_config["rank"]
+        base, rank = models.base_name(model), rounds * model.lora_config["rank"]
         (out / "README.md").write_text(card(cfg.run, cfg, base, rounds, rank))
     print(f"{cfg.run}, {rounds} rounds on {base} -> {cfg.out} ({cfg.to})")
 

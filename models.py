@@ -249,3 +249,9 @@ def check_weights(model, tok, report: dict, name: str) -> None:
     if max(tok.vocab_size - 1, tok.pad_token_id) >= rows:
         raise ValueError(f"the tokenizer of model '{name}' has {tok.vocab_size} tokens, the model {rows}; "
                          "fix: the tokenizer that belongs to it")
+
+
+def base_name(model) -> str:
+    """The base model's hub id, or its folder's name: never a path of this machine."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or "unknown"
+    return Path(name).name if Path(name).exists() or name.count("/") != 1 else name

@@ -18,6 +18,7 @@ from tabulate import tabulate
 
 import runs
 from evaluate import Estimate, Profile, coh_cost, delta_coherence, delta_nats, surgicality
+from steer import SteeringVector
 
 RED, GREEN, GREY = "#c0392b", "#1e8449", "#555555"
 COLOUR = {"base": GREY, "steered": RED, "healed": GREEN}
@@ -248,9 +249,11 @@ HEAL_HEAD = ["round", "kept", "mean dose", "CE (nats)", "D (nats)", "active", "g
              "cos(v, v0)", "cos(moved, v)"]
 
 
-def heal_rows(events: list[dict]) -> list[list]:
+def heal_rows(run: Path, events: list[dict]) -> list[list]:
     """What each finished round did, under HEAL_HEAD."""
     of = {(e["stage"], e["round"]): e for e in events}
+    vectors = [SteeringVector.load(run / f"round_{r}" / "vector.safetensors")
+               for r in range(runs.rounds_done(run))]
     rows = []
     for (stage, r), heal in of.items():
         if stage == "heal":
@@ -258,11 +261,11 @@ def heal_rows(events: list[dict]) -> list[list]:
             rows.append([r, f"{distil['kept']} of {distil['sampled']}", f"{distil['dose']:.2f}",
                          f"{heal['held_out_before']:.2f} → {heal['held_out_after']:.2f}",
                          f"{heal['D']:.2f}", f"{heal['active']:.0%}", f"{heal['grad_ratio']:.2f}",
-                         f"{of['extract', r]['cos_v0']:.2f}", f"{heal['internalised']:.2f}"])
+                         f"{vectors[r].cosine(vectors[0]):.2f}", f"{heal['internalised']:.2f}"])
     return rows
 
 
-def report(events: list[dict], config: dict, png: bytes) -> str:
+def report(run: Path, events: list[dict], config: dict, png: bytes) -> str:
     """One self-contained page; model text is escaped."""
     points = measured(events)
     prompts = [said["prompt"] for said in points[0].event["texts"]]
@@ -272,7 +275,7 @@ def report(events: list[dict], config: dict, png: bytes) -> str:
     return REPORT.render(
         config=config, n=len(points[0].profile.ids), head=HEAD, rows=table_rows(events), said=said,
         findings=findings(events), png=base64.b64encode(png).decode(), colour=COLOUR, ended=ended,
-        heal_head=HEAL_HEAD, heal_rows=heal_rows(events))
+        heal_head=HEAL_HEAD, heal_rows=heal_rows(run, events))
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -290,7 +293,7 @@ def draw(run: Path) -> list[dict]:
                          "fix: let the run get past its base evaluation")
     png = io.BytesIO()
     trajectory(events).savefig(png, format="png", dpi=200, metadata={"Software": None})
-    page = report(events, json.loads(config_file.read_text()), png.getvalue())
+    page = report(run, events, json.loads(config_file.read_text()), png.getvalue())
     map_page = care_map(events).to_html(include_plotlyjs=True, div_id="map")
     runs.write_bytes(run / "trajectory.png", png.getvalue())
     runs.write_text(run / "map.html", map_page)
