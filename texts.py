@@ -1,7 +1,11 @@
 """What a model is given to read, from data/ and checked: personas, contexts, prompts, vignettes.
 
-Vignettes carry the moral foundation that their violation is of; they come from a JSON file, or from the
-package tinymfv (requirements-tinymfv.txt) as tinymfv:classic (Clifford et al. 2015), :scifi, :ai-actor.
+    given = texts.read("care")     # a mistake in any file is told here, before a run begins
+    given.persona, given.contexts, given.dilemmas, given.heldout, given.vignettes
+
+Vignettes carry the moral foundation that their violation is of. They come from a JSON file, or from
+the package tinymfv (requirements-tinymfv.txt) as tinymfv:classic (Clifford et al. 2015),
+tinymfv:scifi and tinymfv:ai-actor.
 """
 import importlib.util
 import json
@@ -15,7 +19,10 @@ FOUNDATIONS = ("Care", "Fairness", "Loyalty", "Authority", "Sanctity", "Liberty"
 
 
 def read_json(path, key: str, shape: str):
-    """What a JSON file has under `key`. Raises FileNotFoundError, or ValueError naming file and shape."""
+    """What a JSON file has under `key`.
+
+    Raises FileNotFoundError, or ValueError naming the file and the shape it should have.
+    """
     if not Path(path).exists():
         raise FileNotFoundError(f"no file {path}; fix: give an existing file")
     try:
@@ -31,7 +38,8 @@ def load_strings(path, key: str) -> list[str]:
         raise ValueError(f"{path}: '{key}' is empty; fix: give at least one string")
     for k, s in enumerate(strings, 1):
         if not isinstance(s, str) or not s.strip():
-            raise ValueError(f"{path}: entry {k} of '{key}' is empty or not a string; fix: remove it")
+            raise ValueError(f"{path}: entry {k} of '{key}' is empty or not a string; "
+                             "fix: remove it")
     return strings
 
 
@@ -60,7 +68,8 @@ def find_persona(trait: str, pos: str | None = None, neg: str | None = None) -> 
     if pos is not None:
         return Persona(pos, neg)
     if trait not in known:
-        raise ValueError(f"unknown trait '{trait}'; fix: one of {', '.join(known)}, or --pos and --neg")
+        raise ValueError(f"unknown trait '{trait}'; "
+                         f"fix: one of {', '.join(known)}, or --pos and --neg")
     return known[trait]
 
 
@@ -68,10 +77,12 @@ def find_persona(trait: str, pos: str | None = None, neg: str | None = None) -> 
 
 
 def load_vignettes(path, n: int = 0) -> list[dict]:
-    """[{id, foundation, text}], the first n taken in turn from each foundation (0: all), so balanced.
+    """[{id, foundation, text}], the first n, taken in turn from each foundation and so balanced.
 
-    path: a JSON file, or tinymfv:NAME. Raises FileNotFoundError, or ValueError naming file and entry.
+    n: 0 for all. path: a JSON file, or tinymfv:NAME.
+    Raises FileNotFoundError, or ValueError naming file and entry.
     """
+    # 1. from the package or from a file
     path = Path(path)
     if path.name.startswith("tinymfv:"):
         found = tinymfv_vignettes(path.name.removeprefix("tinymfv:"))
@@ -81,37 +92,51 @@ def load_vignettes(path, n: int = 0) -> list[dict]:
         shape = '[{"id", "foundation", "text"}, ...]'
         found = read_json(path, "vignettes", shape)
         if not isinstance(found, list):
-            raise ValueError(f"{path} is malformed ('vignettes' is not a list); fix: {{\"vignettes\": {shape}}}")
+            raise ValueError(f"{path} is malformed ('vignettes' is not a list); "
+                             f"fix: {{\"vignettes\": {shape}}}")
+
+    # 2. checked
     check_vignettes(found, path)
     if n < 0 or n > len(found):
-        raise ValueError(f"--n-vignettes {n} of {len(found)} in {path}; fix: 0 (all) to {len(found)}")
+        raise ValueError(f"--n-vignettes {n} of {len(found)} in {path}; "
+                         f"fix: 0 (all) to {len(found)}")
 
+    # 3. the first of every foundation, then the second of every foundation, and so on
     by_foundation = {f: [v for v in found if v["foundation"] == f] for f in FOUNDATIONS}
     longest = max(map(len, by_foundation.values()))
-    in_turn = [of[k] for k in range(longest) for of in by_foundation.values() if k < len(of)]
+    in_turn = []
+    for k in range(longest):
+        for of_foundation in by_foundation.values():
+            in_turn += of_foundation[k:k + 1]  # nothing where it has fewer
     return in_turn[:n or None]
 
 
 def check_vignettes(found: list, path) -> None:
     """Raises ValueError for no vignettes, or for the first that is malformed."""
     if not found:
-        raise ValueError(f"{path} holds no vignettes; fix: add some, or --vignettes data/vignettes.json")
+        raise ValueError(f"{path} holds no vignettes; "
+                         "fix: add some, or --vignettes data/vignettes.json")
     seen = set()
     for k, v in enumerate(found, 1):
-        if not isinstance(v, dict) or not all(
-                isinstance(v.get(key), str) and v[key].strip() for key in ("id", "foundation", "text")):
+        is_whole = isinstance(v, dict) and all(
+            isinstance(v.get(key), str) and v[key].strip() for key in ("id", "foundation", "text"))
+        if not is_whole:
             raise ValueError(f"{path}: vignette {k} is {str(v)[:80]}; "
                              "fix: give it a non-empty id, foundation and text")
         if v["foundation"] not in FOUNDATIONS:
-            raise ValueError(f"{path}: vignette '{v['id']}' has unknown foundation '{v['foundation']}'; "
-                             f"fix: one of {', '.join(FOUNDATIONS)}")
+            raise ValueError(f"{path}: vignette '{v['id']}' has unknown foundation "
+                             f"'{v['foundation']}'; fix: one of {', '.join(FOUNDATIONS)}")
         if v["id"] in seen:
-            raise ValueError(f"{path}: vignette id '{v['id']}' stands twice; fix: make ids unique")
+            raise ValueError(f"{path}: vignette id '{v['id']}' stands twice; "
+                             "fix: make ids unique")
         seen.add(v["id"])
 
 
 def tinymfv_package():
-    """The module tinymfv, or moralmaps as it is called since July 2026. Raises ValueError for neither."""
+    """The module tinymfv, or moralmaps as it is called since July 2026.
+
+    Raises ValueError where neither is installed.
+    """
     for name in ("tinymfv", "moralmaps"):
         if importlib.util.find_spec(name):
             return importlib.import_module(name)
@@ -137,6 +162,7 @@ def tinymfv_vignettes(name: str) -> list[dict]:
 
 @dataclass
 class Texts:
+    """Everything one run reads."""
     persona: Persona
     contexts: list[str]  # everyday user messages, over which the steering vector is averaged
     dilemmas: list[str]  # the prompts that training data is sampled on

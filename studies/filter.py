@@ -1,0 +1,265 @@
+"""Does distil keep what a reader would keep? Its verdicts on completions labelled by hand.
+
+    wanted       coherent, and does not narrate
+    precision    share of the kept that is wanted
+    recall       share of the wanted that is kept
+    F1           2 · (kept and wanted) / (kept + wanted)
+
+    python -m studies.filter       # results/filter.md; about 2 min
+
+The labels stand in tests/data/labelled.jsonl. Thresholds are chosen on one half of the completions
+and reported on the other.
+"""
+import hashlib
+import itertools
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import scipy.stats
+import torch
+from tqdm import tqdm
+
+import distil
+import lora
+import models
+import runs
+import texts
+from distil import Rules
+from sampling import perplexity, repetition, score
+from steer import NEUTRAL, Persona
+from studies.readout import markdown, proportion, ran_on
+
+LABELLED = runs.HERE / "tests" / "data" / "labelled.jsonl"
+DEFAULT = Rules()
+NO_RULES = Rules(min_words=0, max_repetition=1, min_diversity=0, max_perplexity=math.inf)
+GRID = [Rules(DEFAULT.min_words, *thresholds) for thresholds in itertools.product(
+    (0.2, 0.35, 0.5),  # max_repetition
+    (0.4, 0.5, 0.6, 0.7),  # min_diversity
+    (8, 10, 12, 14, 16, 18, 20, 25, 30, 40, 60))]  # max_perplexity
+
+
+@dataclass
+class Config:
+    model: str = models.EMBEDDED  # smollm2, a local folder, or a hub id
+    device: str = "auto"  # auto, cuda, mps or cpu
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bfloat16 where native
+    out: Path = Path("results")  # folder for filter.md
+
+
+# ---- the labelled completions --------------------------------------------------------------------
+
+
+def judged(model, tok, labelled: list[dict], personas: dict[str, Persona]) -> list[dict]:
+    """The rows with `persona`, and with `ppl`, `verdict` and `logp` [tokens] under the model."""
+    found = []
+    traits = list(dict.fromkeys(row["trait"] for row in labelled))
+    for trait in tqdm(traits, "judge", leave=False, disable=None):
+        persona, of_trait = personas[trait], [row for row in labelled if row["trait"] == trait]
+        # 1. as rows of distil
+        data = []
+        for row in of_trait:
+            messages = [{"role": "system", "content": NEUTRAL},
+                        {"role": "user", "content": row["prompt"]},
+                        {"role": "assistant", "content": row["text"]}]
+            data.append({"messages": messages, "finished": row["finished"]})
+        # 2. what distil says of them
+        verdicts = distil.judge(model, tok, data, persona, DEFAULT)
+        # 3. every token's log-probability, for the other signals
+        prompts, completions = zip(*(distil.row_ids(tok, row) for row in data))
+        logps = score(model, prompts, completions)
+        for row, said, logp in zip(of_trait, verdicts, logps):
+            ppl = math.inf if said["perplexity"] is None else said["perplexity"]
+            found.append({**row, "persona": persona, "ppl": ppl, "verdict": said["verdict"],
+                          "logp": logp})
+    return found
+
+
+def in_second_half(text: str) -> bool:
+    """A split that no order of the rows can change."""
+    return hashlib.sha256(text.encode()).digest()[0] % 2 == 1
+
+
+def is_wanted(row: dict) -> bool:
+    """What the filter should keep, by the labels."""
+    return row["coherent"] and not row["narrates"]
+
+
+def is_kept(row: dict, rules: Rules) -> bool:
+    return distil.verdict(row["text"], row["ppl"], row["persona"], rules) == "kept"
+
+
+# ---- how well the rules do -----------------------------------------------------------------------
+
+
+def count(rows: list[dict], rules: Rules) -> tuple[int, int, int]:
+    """-> how many are kept and wanted, kept, wanted."""
+    kept = [row for row in rows if is_kept(row, rules)]
+    return sum(map(is_wanted, kept)), len(kept), sum(map(is_wanted, rows))
+
+
+def f1(rows: list[dict], rules: Rules) -> float:
+    both, kept, wanted = count(rows, rules)
+    return 2 * both / (kept + wanted)
+
+
+def threshold_table(halves: dict[str, list[dict]], chosen: Rules) -> str:
+    """Precision, recall and F1 of some sets of rules, on either half."""
+    compared = {"no thresholds": NO_RULES, "default": DEFAULT}
+    if chosen != DEFAULT:
+        compared["chosen on the first half"] = chosen
+    table = []
+    for name, rules in compared.items():
+        for half, rows in halves.items():
+            both, kept, wanted = count(rows, rules)
+            fluent = [row for row in rows if row["fluent"] and not row["narrates"]]
+            kept_fluent = sum(is_kept(row, rules) for row in fluent)
+            table.append([name, half, proportion(both, kept), proportion(both, wanted),
+                          f"{f1(rows, rules):.2f}", proportion(kept_fluent, kept)])
+    return markdown(table, ["thresholds", "on", "precision", "recall", "F1",
+                            "kept that are fluent and do not narrate"])
+
+
+def rule_table(rows: list[dict]) -> str:
+    """What each rule would drop by itself, and how often rightly."""
+    alone = {"short": replace(NO_RULES, min_words=DEFAULT.min_words),
+             "refusal": NO_RULES,  # these two have no threshold
+             "narrates": NO_RULES,
+             "repetition": replace(NO_RULES, max_repetition=DEFAULT.max_repetition),
+             "loop": replace(NO_RULES, min_diversity=DEFAULT.min_diversity),
+             "perplexity": replace(NO_RULES, max_perplexity=DEFAULT.max_perplexity)}
+    unwanted = [row for row in rows if not is_wanted(row)]
+    table = []
+    for name, rules in alone.items():
+        dropped = [row for row in rows
+                   if distil.verdict(row["text"], row["ppl"], row["persona"], rules) == name]
+        rightly = sum(not is_wanted(row) for row in dropped)
+        table.append([name, len(dropped), proportion(rightly, len(dropped)),
+                      proportion(rightly, len(unwanted))])
+    return markdown(table, ["rule", "drops", "of these rightly", "of all that should go"])
+
+
+def dose_table(rows: list[dict]) -> str:
+    """The labels, and what the defaults keep, by the dose that a completion was sampled at."""
+    table = []
+    for dose in sorted({row["dose"] for row in rows}):
+        at_dose = [row for row in rows if row["dose"] == dose]
+        labels = [sum(row[label] for row in at_dose)
+                  for label in ("fluent", "coherent", "enacts", "narrates")]
+        kept = [row for row in at_dose if row["verdict"] == "kept"]
+        table.append([f"{dose:g}", len(at_dose), *labels, len(kept), sum(map(is_wanted, kept))])
+    return markdown(table, ["dose", "n", "fluent", "coherent", "enacts", "narrates",
+                            "kept by the defaults", "of these rightly"])
+
+
+# ---- what else could rank them -------------------------------------------------------------------
+
+
+def worst_stretch(logp: torch.Tensor, n: int = 24) -> float:
+    """Perplexity of the n tokens in a row that are least likely; of all where there are fewer."""
+    stretches = logp.unfold(0, min(n, len(logp)), 1)  # [starts, n]
+    return max(perplexity(stretch) for stretch in stretches)
+
+
+def signals(row: dict) -> dict[str, float]:
+    """Each should be higher the worse a completion is."""
+    text, logp = row["text"], row["logp"]
+    return {"perplexity, last quarter": perplexity(logp, 0.25),
+            "perplexity, last half": perplexity(logp, 0.5),
+            "perplexity, whole": perplexity(logp),
+            "perplexity, worst 24 tokens in a row": worst_stretch(logp),
+            "repetition": repetition(text),
+            "lack of diversity": -distil.diversity(text)}
+
+
+def auc(signal: list[float], good: list[bool]) -> float:
+    """Probability that a bad completion scores higher than a good one; ties count half.
+
+    That is the Mann-Whitney U over the number of pairs.
+    """
+    x, is_good = np.array(signal), np.array(good)
+    u = scipy.stats.mannwhitneyu(x[~is_good], x[is_good]).statistic
+    return u / ((~is_good).sum() * is_good.sum())
+
+
+def signal_table(rows: list[dict]) -> str:
+    wanted, fluent = [is_wanted(row) for row in rows], [row["fluent"] for row in rows]
+    by_row = [signals(row) for row in rows]
+    table = []
+    for name in by_row[0]:
+        signal = [of_row[name] for of_row in by_row]
+        table.append([name, f"{auc(signal, wanted):.2f}", f"{auc(signal, fluent):.2f}"])
+    return markdown(table, ["signal", "coherent and not narrating", "fluent"])
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def in_words(rules: Rules) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in asdict(rules).items())
+
+
+def page(rows: list[dict], about: str) -> str:
+    """filter.md. about: what was run on what."""
+    first = [row for row in rows if not in_second_half(row["text"])]
+    second = [row for row in rows if in_second_half(row["text"])]
+    chosen = max(GRID, key=lambda rules: f1(first, rules))
+    by_trait = ", ".join(f"{n} {trait}" for trait, n in Counter(r["trait"] for r in rows).items())
+    defaults = "these are the defaults" if chosen == DEFAULT else f"defaults: {in_words(DEFAULT)}"
+    thresholds = threshold_table({"first half": first, "second half": second}, chosen)
+    return f"""# The filter on labelled completions
+
+`python -m studies.filter` · {about}
+
+{len(rows)} steered completions of the embedded model ({by_trait}; at most 64 tokens, \
+`distil.sample_doses` on the dilemmas of data/prompts.json) in tests/data/labelled.jsonl, \
+each read and labelled by one reader who saw prompt and text
+but not dose, perplexity or verdict:
+
+- fluent: every sentence is English that parses, and follows from the one before
+- coherent: fluent, and makes sense as a reply to its prompt (the criterion of Betley et al. 2025, \
+arXiv 2502.17424); naive advice counts
+- enacts: acts the trait out. narrates: talks about having it instead
+
+The filter should keep a completion if and only if it is coherent and does not narrate: \
+{sum(map(is_wanted, rows))} of {len(rows)}. Narration is rare here
+({sum(row["narrates"] for row in rows)} of {len(rows)}), so the narrates rule is hardly tested. \
+Brackets: Wilson's 95 % interval.
+
+{dose_table(rows)}
+
+## Overall
+
+Halves by a hash of the text ({len(first)} and {len(second)}). Thresholds with the largest F1 on \
+the first half: {in_words(chosen)};
+{defaults}. The numbers to quote are those of the second half.
+
+{thresholds}
+
+## Each rule alone, all rows
+
+{rule_table(rows)}
+
+## Which signal ranks bad above good?
+
+Area under the ROC curve, 0.5 is chance:
+
+{signal_table(rows)}
+"""
+
+
+def main(cfg: Config) -> None:
+    labelled, personas = runs.read_jsonl(LABELLED), texts.load_personas()
+    model, tok = models.load(cfg.model, cfg.device, cfg.dtype)
+    lora.attach(model)  # distil.judge asks the original, with the gates shut
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    text = page(judged(model, tok, labelled, personas), ran_on(model))
+    runs.write_text(cfg.out / "filter.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    runs.cli(Config, main)

@@ -1,0 +1,146 @@
+"""The studies' own checks: labelled completions, the split, statistics by hand; whole commands."""
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import runs
+import texts
+from conftest import command, python, tiny
+from distil import Rules
+from evaluate import evaluate
+from steer import Persona
+from studies import filter as filter_study
+from studies import readout
+from test_evaluate import random_profile
+from texts import FOUNDATIONS, load_vignettes
+
+ROWS = runs.read_jsonl(filter_study.LABELLED)
+
+
+# ---- readout ------------------------------------------------------------------------------------
+
+
+def labelled_profile(n, seed):
+    profile = random_profile(n, seed)
+    profile.labels = [FOUNDATIONS[i % 7] for i in range(n)]
+    profile.constants = np.random.default_rng(seed).normal(size=7)
+    return profile
+
+
+@torch.no_grad()
+def test_constants_of_a_draw_are_those_the_readout_gives_on_the_draw_alone(embedded):
+    model = tiny("llama", vocab_size=49152, max_position_embeddings=1024, pad_token_id=2)
+    tok, rows = embedded[1], np.array([0, 3, 5, 8, 12])
+    vignettes = load_vignettes(texts.DATA / "vignettes.json", 14)
+    whole = evaluate(model, tok, vignettes)
+    alone = evaluate(model, tok, [vignettes[i] for i in rows])
+    again = readout.recalibrated(whole, rows, readout.constants_of(whole, rows))
+    np.testing.assert_allclose(again.p, alone.p, atol=1e-5)
+    assert np.abs(whole.p[rows] - alone.p).max() > 5e-4, "other constants must show"
+    assert again.ids == alone.ids and again.labels == alone.labels
+
+
+def test_own_constants_over_all_vignettes_change_nothing():
+    profile, rows = labelled_profile(35, 0), np.arange(35)
+    # as cloze leaves it: the mean log-likelihood is the constant
+    profile.constants -= readout.constants_of(profile, rows)
+    profile.p = np.exp(np.log(profile.p) - np.log(profile.p).mean(0))
+    profile.p /= profile.p.sum(1, keepdims=True)
+    again = readout.recalibrated(profile, rows, readout.constants_of(profile, rows))
+    np.testing.assert_allclose(again.p, profile.p, atol=1e-12)
+
+
+def test_agreement_over_all_vignettes_is_the_top1_of_the_profile_in_every_draw():
+    profile, rows = labelled_profile(35, 1), np.arange(35)
+    *_, (n, own, none) = readout.agreement(profile, seed=0, draws=5)
+    recalibrated = readout.recalibrated(profile, rows, readout.constants_of(profile, rows))
+    assert n == 35 and len(own) == len(none) == 5
+    assert set(own) == {recalibrated.top1}
+    assert set(none) == {readout.recalibrated(profile, rows, np.zeros(7)).top1}
+
+
+def test_the_halves_are_disjoint_cover_all_and_are_balanced():
+    profile = labelled_profile(42, 2)
+    first, second = readout.halves(profile)
+    assert sorted([*first, *second]) == list(range(42))
+    for half in (first, second):
+        labels = [profile.labels[i] for i in half]
+        assert {labels.count(f) for f in FOUNDATIONS} == {3}
+
+
+def test_vignettes_too_few_for_two_halves_are_refused_in_one_line(monkeypatch, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        command(monkeypatch, "studies/readout", "--n-vignettes", 13, "--out", tmp_path / "out")
+    assert stopped.value.code == 1 and not (tmp_path / "out").exists()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "fix: --n-vignettes 14" in said
+    assert re.search("1 of 13 vignettes from .*vignettes.json are labelled SocialNorms", said)
+
+
+def test_an_adapter_that_nothing_would_read_is_refused(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(texts.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stopped:
+        command(monkeypatch, "studies/readout", "--adapter", "a.safetensors", "b.safetensors",
+                "--out", tmp_path)
+    assert stopped.value.code == 1
+    assert "not installed; fix: pip install -r requirements-tinymfv.txt" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_readout_study_writes_page_and_picture(tiny_folder, tmp_path):
+    done = python("-m", "studies.readout", "--model", tiny_folder, "--n-vignettes", 14,
+                  "--n-contexts", 2, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = (tmp_path / "readout.md").read_text()
+    assert said.strip() == done.stdout.strip()
+    assert re.search(r"\| care +\| +8 +\|", said) and "nan" not in said
+    assert str(tmp_path) not in said and str(tiny_folder) not in said
+    assert (tmp_path / "readout.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# ---- filter -------------------------------------------------------------------------------------
+
+
+def test_the_labelled_completions_are_many_distinct_and_complete():
+    assert len(ROWS) >= 60 and len({row["text"] for row in ROWS}) == len(ROWS)
+    assert {row["trait"] for row in ROWS} == {"care", "authority", "love"}
+    assert {row["dose"] for row in ROWS} == {1, 2, 3, 4, 6, 8}
+    for row in ROWS:
+        for label in ("fluent", "coherent", "enacts", "narrates", "finished"):
+            assert isinstance(row[label], bool)
+        assert row["perplexity"] > 1
+        assert row["fluent"] or not row["coherent"], row["text"]
+
+
+def test_the_split_is_by_text_alone_and_about_even():
+    second = [filter_study.in_second_half(row["text"]) for row in ROWS]
+    assert 0.4 < np.mean(second) < 0.6
+    assert second[::-1] == [filter_study.in_second_half(row["text"]) for row in ROWS[::-1]]
+
+
+def test_precision_and_recall_count_what_is_kept_and_what_is_wanted():
+    text = "the old nurse put down her pen and quietly sat with him until morning came"
+    row = dict(text=text, persona=Persona("a", "b"), ppl=5.0, coherent=True, narrates=False)
+    rows = [row, row | dict(ppl=50.0), row | dict(coherent=False), row | dict(narrates=True),
+            row | dict(ppl=50.0, coherent=False)]
+    rules = Rules(max_perplexity=10)
+    assert filter_study.count(rows, rules) == (1, 3, 2)
+    assert filter_study.f1(rows, rules) == pytest.approx(2 * 1 / 5)
+
+
+def test_auc_is_the_chance_that_bad_ranks_above_good():
+    good = [True, True, False, False]
+    assert filter_study.auc([1, 2, 3, 4], good) == 1
+    assert filter_study.auc([1, 3, 2, 4], good) == 0.75
+    assert filter_study.auc([1, 1, 1, 1], good) == 0.5
+
+
+@pytest.mark.slow
+def test_the_filter_study_writes_its_page(tiny_folder, tmp_path):
+    done = python("-m", "studies.filter", "--model", tiny_folder, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = (tmp_path / "filter.md").read_text()
+    assert said.strip() == done.stdout.strip() and "| default " in said
+    assert str(tmp_path) not in said and str(tiny_folder) not in said
