@@ -231,7 +231,8 @@ class Config:
     neg: str | None = None  # system prompt of its opposite
     n_contexts: runs.AtLeast1 = 128  # contexts the vector is averaged over
     steer_layers: runs.DepthRange = (0.45, 0.55)  # depth range that is steered, as fractions
-    doses: runs.Doses = (1.0, 2.0)  # steering doses of the sampled completions
+    prompts: Path | None = None  # JSON file of prompts to sample on; default: the trait's own
+    doses: runs.Doses | None = None  # of the sampled completions; default: the trait's own
     n_keep: runs.AtLeast1 = 48  # completions to keep
     max_new_tokens: runs.AtLeast1 = 64  # longest completion, in tokens
     min_words: runs.WholeFrom0 = 8  # completions with fewer words teach nothing
@@ -242,7 +243,8 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    reading = texts.read(cfg.trait, cfg.pos, cfg.neg, cfg.n_contexts)
+    cfg = texts.complete(cfg)
+    reading = texts.read(cfg)
     rules = Rules(cfg.min_words, cfg.max_repetition, cfg.min_diversity, cfg.max_perplexity)
     model, tok = models.load(cfg.model, cfg.device, cfg.dtype)
     lora.attach(model)

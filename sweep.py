@@ -158,8 +158,8 @@ def arm_row(name: str, pairs: list[tuple[plot.Point, plot.Point]],
     # 2. each seed against the base of its own run
     auth, care, coherence = [], [], []
     for base, after in pairs:
-        auth.append(after.profile.nats("Authority") - base.profile.nats("Authority"))
-        care.append(after.profile.nats("Care") - base.profile.nats("Care"))
+        auth.append(after.profile.value("auth_nats") - base.profile.value("auth_nats"))
+        care.append(after.profile.value("care_nats") - base.profile.value("care_nats"))
         coherence.append(after.profile.coherence - base.profile.coherence)
 
     # 3. over the seeds
@@ -246,8 +246,7 @@ def main(cfg: Config) -> None:
     # 1. what is to be run, checked before a folder appears
     by_arm = arms(cfg)
     every = [run for of_arm in by_arm.values() for run in of_arm]
-    texts.read(cfg.run.trait, cfg.run.pos, cfg.run.neg, cfg.run.n_contexts, cfg.run.vignettes,
-               cfg.run.n_vignettes)
+    texts.read(cfg.run)
     todo = [run for run in every if not is_finished(run)]
     here = cfg.executor == "local"
     executor = Here() if here else slurm(cfg)

@@ -20,7 +20,6 @@ from typing import Literal
 
 import numpy as np
 import scipy.stats
-import torch
 from tqdm import tqdm
 
 import distil
@@ -29,8 +28,8 @@ import models
 import runs
 import texts
 from distil import Rules
-from sampling import perplexity, repetition, score
-from steer import NEUTRAL, Persona
+from sampling import perplexity, repetition, score, worst_perplexity
+from steer import NEUTRAL
 from studies.readout import markdown, proportion, ran_on
 
 LABELLED = runs.HERE / "tests" / "data" / "labelled.jsonl"
@@ -53,12 +52,13 @@ class Config:
 # ---- the labelled completions --------------------------------------------------------------------
 
 
-def judged(model, tok, labelled: list[dict], personas: dict[str, Persona]) -> list[dict]:
+def judged(model, tok, labelled: list[dict]) -> list[dict]:
     """The rows with `persona`, and with `ppl`, `verdict` and `logp` [tokens] under the model."""
     found = []
-    traits = list(dict.fromkeys(row["trait"] for row in labelled))
-    for trait in tqdm(traits, "judge", leave=False, disable=None):
-        persona, of_trait = personas[trait], [row for row in labelled if row["trait"] == trait]
+    names = list(dict.fromkeys(row["trait"] for row in labelled))
+    for name in tqdm(names, "judge", leave=False, disable=None):
+        persona = texts.find_trait(name).persona
+        of_trait = [row for row in labelled if row["trait"] == name]
         # 1. as rows of distil
         data = []
         for row in of_trait:
@@ -158,19 +158,13 @@ def dose_table(rows: list[dict]) -> str:
 # ---- what else could rank them -------------------------------------------------------------------
 
 
-def worst_stretch(logp: torch.Tensor, n: int = 24) -> float:
-    """Perplexity of the n tokens in a row that are least likely; of all where there are fewer."""
-    stretches = logp.unfold(0, min(n, len(logp)), 1)  # [starts, n]
-    return max(perplexity(stretch) for stretch in stretches)
-
-
 def signals(row: dict) -> dict[str, float]:
     """Each should be higher the worse a completion is."""
     text, logp = row["text"], row["logp"]
     return {"perplexity, last quarter": perplexity(logp, 0.25),
             "perplexity, last half": perplexity(logp, 0.5),
             "perplexity, whole": perplexity(logp),
-            "perplexity, worst 24 tokens in a row": worst_stretch(logp),
+            "perplexity, worst 24 tokens in a row": worst_perplexity(logp, 24),
             "repetition": repetition(text),
             "lack of diversity": -distil.diversity(text)}
 
@@ -252,11 +246,11 @@ Area under the ROC curve, 0.5 is chance:
 
 
 def main(cfg: Config) -> None:
-    labelled, personas = runs.read_jsonl(LABELLED), texts.load_personas()
+    labelled = runs.read_jsonl(LABELLED)
     model, tok = models.load(cfg.model, cfg.device, cfg.dtype)
     lora.attach(model)  # distil.judge asks the original, with the gates shut
     cfg.out.mkdir(parents=True, exist_ok=True)
-    text = page(judged(model, tok, labelled, personas), ran_on(model))
+    text = page(judged(model, tok, labelled), ran_on(model))
     runs.write_text(cfg.out / "filter.md", text)
     print(text)
 

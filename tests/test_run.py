@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import evaluate
@@ -186,10 +187,11 @@ runs.cli(heal_loop.Config, heal_loop.main)
 
 
 def test_model_text_is_escaped_in_the_report(tmp_path):
-    profile = {"ids": ["a", "b"], "labels": ["Care", "Authority"], "p": [[1 / 7] * 7] * 2,
-               "mass": [0.9, 0.95], "constants": None}
-    event = {"stage": "base", "round": -1, "perplexity": 2.0, "repetition": 0.1, "profile": profile,
-             "texts": [{"prompt": "<img src=x>", "text": "<script>alert(1)</script>"}]}
+    profile = evaluate.Profile(["a", "b"], ["Care", "Authority"], np.full((2, 7), 1 / 7),
+                               np.array([0.9, 0.95]))
+    said = evaluate.Speech(2.0, 0.0, 0.0, 0.1, 3.0,
+                           [{"prompt": "<img src=x>", "text": "<script>alert(1)</script>"}])
+    event = {"stage": "base", "round": -1, **vars(said), "profile": profile.to_dict()}
     (tmp_path / "events.jsonl").write_text(json.dumps(event) + "\n")
     (tmp_path / "config.json").write_text(json.dumps(runs.settings(heal_loop.Config())))
     plot.main(plot.Config(tmp_path))

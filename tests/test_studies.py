@@ -9,11 +9,11 @@ import runs
 import texts
 from conftest import command, python, tiny
 from distil import Rules
-from evaluate import evaluate
+from evaluate import Profile
+from readouts import cloze
 from steer import Persona
 from studies import filter as filter_study
 from studies import readout
-from test_evaluate import random_profile
 from texts import FOUNDATIONS, load_vignettes
 
 ROWS = runs.read_jsonl(filter_study.LABELLED)
@@ -23,10 +23,9 @@ ROWS = runs.read_jsonl(filter_study.LABELLED)
 
 
 def labelled_profile(n, seed):
-    profile = random_profile(n, seed)
-    profile.labels = [FOUNDATIONS[i % 7] for i in range(n)]
-    profile.constants = np.random.default_rng(seed).normal(size=7)
-    return profile
+    rng = np.random.default_rng(seed)
+    p, labels = rng.dirichlet(np.ones(7), size=n), [FOUNDATIONS[i % 7] for i in range(n)]
+    return Profile([f"v{i}" for i in range(n)], labels, p, np.ones(n), rng.normal(size=7))
 
 
 @torch.no_grad()
@@ -34,8 +33,9 @@ def test_constants_of_a_draw_are_those_the_readout_gives_on_the_draw_alone(embed
     model = tiny("llama", vocab_size=49152, max_position_embeddings=1024, pad_token_id=2)
     tok, rows = embedded[1], np.array([0, 3, 5, 8, 12])
     vignettes = load_vignettes(texts.DATA / "vignettes.json", 14)
-    whole = evaluate(model, tok, vignettes)
-    alone = evaluate(model, tok, [vignettes[i] for i in rows])
+    drawn = [vignettes[i] for i in rows]
+    whole = readout.profile_of(cloze(model, tok, vignettes), vignettes)
+    alone = readout.profile_of(cloze(model, tok, drawn), drawn)
     again = readout.recalibrated(whole, rows, readout.constants_of(whole, rows))
     np.testing.assert_allclose(again.p, alone.p, atol=1e-5)
     assert np.abs(whole.p[rows] - alone.p).max() > 5e-4, "other constants must show"
