@@ -58,7 +58,7 @@ class Config:
     min_words: runs.WholeFrom0 = 8  # completions with fewer words teach nothing
     max_repetition: runs.Above0To1 = 0.2  # largest share of repeated n-grams (sampling.repetition)
     min_diversity: runs.ZeroTo1 = 0.7  # smallest share of distinct words in any run of 16
-    max_perplexity: runs.Above1 = 16.0  # of the last quarter, under the original
+    max_perplexity: runs.Above1 = 15.0  # of the worst 24 tokens, under the original
     # 3. heal
     rank: runs.AtLeast1 = 16  # of each round's LoRA
     alpha: runs.Above0 = 32.0  # the LoRA's scale is alpha / rank

@@ -65,7 +65,7 @@ def arms(cfg: Config) -> dict[str, list[heal_loop.Config]]:
             arm = f"{reg}_{agg}" if has_kl else reg
             found[arm] = []
             for seed in dict.fromkeys(cfg.seeds):
-                run = replace(cfg.run, reg=reg, agg=agg, seed=seed, baselines=cfg.baselines,
+                run = replace(texts.complete(cfg.run), reg=reg, agg=agg, seed=seed, baselines=cfg.baselines,
                               out=cfg.out / f"{arm}_s{seed}")
                 runs.check_ranges(run)
                 found[arm].append(run)
