@@ -492,7 +492,8 @@ CASES = {  # what is wrong: (the command, what the line must say)
     "resume broken settings": (
         lambda w: resume(w.of(write, "config.json", "{")), "config.json malformed"),
     "resume without a setting": (
-        lambda w: resume(w.of(forget, "config.json", "lam")), "config.json malformed 'lam'"),
+        lambda w: resume(w.of(forget, "config.json", "lam")),
+        "config.json 'lam' earlier version"),
     "resume a broken log": (
         lambda w: resume(w.of(break_line, "events.jsonl", 1)), "run/events.jsonl line 1"),
     "resume a round's broken log": (
@@ -577,7 +578,8 @@ CASES = {  # what is wrong: (the command, what the line must say)
     "export a vector of no round": (
         lambda w: export(w.run, "--to", "gguf", "--round", 7),
         "round_7/vector.safetensors --round 0 to 1"),
-    "export a vector of no run": (lambda w: export(w.tmp, "--to", "gguf"), "config.json run folder"),
+    "export a vector of no run": (
+        lambda w: export(w.tmp, "--to", "gguf"), "config.json run folder"),
     "export a vector of an unhealed run": (
         lambda w: export(w.of(unbegun), "--to", "gguf"), "vector.safetensors run folder"),
     "export a vector at a dose": (
