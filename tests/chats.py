@@ -4,6 +4,7 @@ Each template is our own, short, and named for the family whose habits it has: w
 system turn, whether it trims, thinks or prints a date, and which token ends a turn.
 """
 import functools
+import json
 from dataclasses import dataclass
 
 import transformers
@@ -36,6 +37,9 @@ def sentencepiece():
     bytes_ = [f"<0x{b:02X}>" for b in range(256)]
     tok.train_from_iterator(CORPUS, trainers.BpeTrainer(
         vocab_size=256 + 260, special_tokens=["<unk>", *bytes_], show_progress=False))
+    described = json.loads(tok.to_str())
+    described["added_tokens"] = []  # the bytes are plain pieces
+    tok = Tokenizer.from_str(json.dumps(described))
     tok.pre_tokenizer = None
     tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
                                      decoders.Fuse(), decoders.Strip(" ", 1, 0)])

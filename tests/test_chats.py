@@ -93,8 +93,8 @@ def test_the_stop_is_the_templates_own_whatever_the_generation_config_names(name
 def test_a_row_is_trained_on_the_tokens_that_were_sampled_with_the_stop_that_ended_it(name):
     tok = tokenizer(name)
     model = model_for(tok)
-    stops = list(range(300, 400)) + end_of_turn(tok)  # many, so that some rows end and some do not
-    model.generation_config.eos_token_id = stops
+    model.generation_config.eos_token_id = list(range(300, 400))  # some rows end, some do not
+    stops = stop_tokens(model, tok)
     vector = SteeringVector({2: torch.zeros(32)})
     how = dict(max_new_tokens=6, top_k=10**6, top_p=1.0)
     rows = distil.sample_doses(model, tok, vector, ["Hi.", "Who?"], [0.0, 1.0], 24, 3, **how)
@@ -144,7 +144,7 @@ def test_clauses_and_letters_are_the_tokens_they_are_in_context(name):
 @pytest.mark.parametrize("name", ["chatml", "llama2"])
 def test_no_token_straddles_the_boundary(name):
     tok = tokenizer(name)
-    for before, text in (("auth", "ority"), ("wro", "ng"), ("a\n", "\n\nYes"), ("", "help")):
+    for before, text in (("auth", "ority"), ("wro", "ng"), ("a\n", "\n\nYes")):
         ids = suffix_ids(tok, before, text)
         assert tok.decode(tok("-", add_special_tokens=False).input_ids + ids) == "-" + text
 
