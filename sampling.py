@@ -231,17 +231,46 @@ def score(model, prompts: list[list[int]], completions: list[list[int]],
 # ---- sampling -----------------------------------------------------------------------------------
 
 
+def end_of_turn(tok) -> list[int]:
+    """The token that ends an assistant turn in this chat template, in a list; empty for none.
+
+    In some (GLM) nothing ends it but the next turn's first token. Where the template has no token
+    for it, the end token.
+    """
+    mark = "\u241f"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark},
+             {"role": "user", "content": "a"}]
+    for conversation in (turns[:2], turns):
+        after = tok.apply_chat_template(conversation, tokenize=False).rpartition(mark)[2]
+        ids = tok(after, add_special_tokens=False).input_ids if after else []
+        # added tokens: the named ones and those that only the template names, Gemma's among them
+        found = [t for t in ids if t in tok.added_tokens_decoder and t != tok.bos_token_id]
+        if found:
+            return found[:1]
+    return [] if tok.eos_token_id is None else [tok.eos_token_id]
+
+
 def stop_tokens(model, tok) -> list[int]:
-    """The tokens that end a turn."""
+    """The tokens that end a turn: the generation config's, the tokenizer's, the chat template's.
+
+    A fine-tune may lack any of them.
+    """
     stop = model.generation_config.eos_token_id
-    return [stop] if isinstance(stop, int) else list(stop or [tok.eos_token_id])
+    stop = [stop] if isinstance(stop, int) else list(stop or [])
+    stop += end_of_turn(tok)
+    if tok.eos_token_id is not None:
+        stop.append(tok.eos_token_id)
+    return list(dict.fromkeys(stop))
 
 
 @torch.no_grad()
 def sample(model, tok, prompts: list[list[int]], vector: SteeringVector | None = None, doses=None,
            max_new_tokens: int = 64, temperature: float = 1.0, top_k: int = 64,
-           top_p: float = 0.95, batch_size: int = 96, seed: int = 0) -> list[list[int]]:
-    """Sample one completion per prompt; -> lists of new token ids, the end token dropped.
+           top_p: float = 0.95, batch_size: int = 96, seed: int = 0,
+           keep_stop: bool = False) -> list[list[int]]:
+    """Sample one completion per prompt; -> lists of new token ids.
+
+    keep_stop: a completion that a stop token ended still has it; by default it is dropped.
 
     prompts: token ids from `chat_ids`. doses: one float per prompt, for `vector`, which acts from
     the assistant tag on; the prompt before it is unsteered, so equal prompts are run once for all
@@ -277,10 +306,10 @@ def sample(model, tok, prompts: list[list[int]], vector: SteeringVector | None =
                 token = next_token(z, u[:, t], temperature, top_k, top_p)
                 # 4. look at it, the one transfer from the device: a row that drew a stop is done
                 for i, new in zip(rows, token.tolist()):
+                    if i in running and (keep_stop or new not in stop):
+                        out[i].append(new)
                     if new in stop:
                         running.discard(i)
-                    elif i in running:
-                        out[i].append(new)
                 if not running:
                     break
                 mask = F.pad(mask, (0, 1), value=1)
