@@ -67,7 +67,7 @@ class Config:
     # where
     out: Path = Path("runs/sweep")  # folder of the run folders
     table: Path = Path("results/arms.md")  # the comparison; runs/ and frontier.png go beside it
-    executor: Literal["here", "local", "slurm"] = "here"  # in this process, or a job each (submitit)
+    executor: Literal["here", "local", "slurm"] = "here"  # in this process, or jobs by submitit
     gpus: tuple[int, ...] = ()  # local: the GPUs, one run at a time on each; default: all there are
     partition: str | None = None  # slurm: the partition
     hours: runs.Above0 = 8.0  # local and slurm: time limit of one run
