@@ -14,7 +14,7 @@ Each readout takes model, tokenizer and vignettes, and returns an `Answers`.
 """
 import contextlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from einops import rearrange, repeat
 from tqdm import tqdm
 from transformers.cache_utils import Cache
 
-from sampling import RoomyLayer, logits, token_logp
+from sampling import RoomyLayer, logits, score, token_logp
 from steer import NEUTRAL, SteeringVector, chat_ids, check_room, left_pad
 from texts import FOUNDATIONS, tinymfv_package
 
@@ -44,6 +44,7 @@ class Answers:
     p: np.ndarray  # [vignettes, 7], rows sum to 1, columns as FOUNDATIONS
     mass: np.ndarray  # [vignettes], probability that the answer is one of the allowed ones
     constants: np.ndarray | None = None  # [7] nats, a clause's mean log-probability in the original
+    notes: dict[str, float] = field(default_factory=dict)  # what else the readout says of itself
 
 
 # ---- cloze --------------------------------------------------------------------------------------
@@ -170,7 +171,31 @@ def cloze(model, tok, vignettes: list[dict], constants=None, system: str = NEUTR
     return Answers(p / p.sum(1, keepdims=True), mass, constants)
 
 
+# ---- probes -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def probe(model, tok, probes: list[dict], system: str = NEUTRAL,
+          vector: SteeringVector | None = None, dose: float = 0.0) -> np.ndarray:
+    """log p(toward) − log p(away) of each {prompt, toward, away}, [probes], nats.
+
+    Each answer is the sum over its tokens, from the assistant tag on.
+    """
+    sides = []
+    for side in ("toward", "away"):
+        prompts = [chat_ids(tok, p["prompt"], system) for p in probes]
+        answers = token_rows(tok, [p[side] for p in probes])
+        scored = score(model, prompts, answers, vector, dose)
+        sides.append(np.array([logp.double().sum().item() for logp in scored]))
+    toward, away = sides
+    return toward - away
+
+
 # ---- tinymfv ------------------------------------------------------------------------------------
+
+
+NOTES = {"frac_unscorable": "frac_unscorable", "nll_prefill": "mean_nll_prefill",
+         "informedness": "informedness"}  # our name: the package's
 
 
 @contextlib.contextmanager
@@ -208,44 +233,36 @@ def tinymfv_rows(vignettes: list[dict], system: str) -> list[dict]:
 
 def tinymfv(model, tok, vignettes: list[dict], constants=None, system: str = NEUTRAL,
             vector: SteeringVector | None = None, dose: float = 0.0, batch_size: int = 8,
-            max_think_tokens: int = 64) -> Answers:
-    """A forced choice among seven options in both orders, after `max_think_tokens` of thinking.
+            think_tokens: int = 64) -> Answers:
+    """A forced choice among seven options in both orders, after `think_tokens` of thinking.
 
-    github.com/wassname/tinymfv. `constants` are not used. Raises ValueError where the package is
-    missing or a vignette's logits are not finite.
+    github.com/wassname/tinymfv. `constants` are not used. A vignette that the package cannot score,
+    as in a collapse, has mass 0 and an even p. Raises ValueError where the package is missing.
     """
     package = tinymfv_package()
     from loguru import logger  # comes with the package, which logs at every call
-    rows = tinymfv_rows(vignettes, system)
-    p, mass = [], []
     side = tok.padding_side  # the package sets it
 
-    # 1. ask in batches, with the package's log and progress bar silenced
+    # 1. ask, with the package's log and progress bar silenced
     logger.disable(package.__name__)
     steered = steered_after_prompt(model, vector, dose) if vector else contextlib.nullcontext()
     try:
-        with steered:
-            for start in tqdm(range(0, len(rows), batch_size), "ask", leave=False, disable=None):
-                with contextlib.redirect_stderr(io.StringIO()):  # its own progress bar
-                    answer = package.evaluate(
-                        model, tok, vignettes=rows[start:start + batch_size], batch_size=batch_size,
-                        max_think_tokens=max_think_tokens, return_per_row=True, verbose=0)
-                # 2. its columns in our order
-                theirs = list(answer["profile"]["foundation"])
-                columns = [theirs.index(f) for f in FOUNDATIONS]
-                for row in answer["per_row"]:
-                    p.append(row["p"][columns])
-                    mass.append(row["pmass_allowed"])
+        with steered, contextlib.redirect_stderr(io.StringIO()):
+            answer = package.evaluate(
+                model, tok, vignettes=tinymfv_rows(vignettes, system), batch_size=batch_size,
+                max_think_tokens=think_tokens, return_per_row=True, verbose=0)
     finally:
         tok.padding_side = side
         logger.enable(package.__name__)
 
-    # 3. a number that is not finite would go unnoticed into every mean
-    for v, row, m in zip(vignettes, p, mass):
-        if not np.isfinite([*row, m]).all():
-            raise ValueError(f"readout tinymfv cannot score vignette '{v['id']}': the model's "
-                             "logits are not finite; fix: a lower --dose, or --dtype float32")
-    return Answers(np.array(p), np.array(mass))
+    # 2. its columns in our order
+    theirs = list(answer["profile"]["foundation"])
+    columns = [theirs.index(f) for f in FOUNDATIONS]
+    p = np.array([row["p"][columns] for row in answer["per_row"]], dtype=float)
+    mass = np.array([row["pmass_allowed"] for row in answer["per_row"]], dtype=float)
 
-
-READOUTS = {"cloze": cloze, "tinymfv": tinymfv}
+    # 3. what cannot be scored counts as incoherent, and says nothing about the foundations
+    scorable = np.isfinite(p).all(1) & np.isfinite(mass)
+    p[~scorable], mass[~scorable] = 1 / len(FOUNDATIONS), 0.0
+    notes = {name: float(answer[key]) for name, key in NOTES.items() if key in answer}
+    return Answers(p, mass, notes=notes)

@@ -248,6 +248,13 @@ def perplexity(logp: torch.Tensor, tail: float = 1.0) -> float:
     return math.exp(-logp[-n:].mean())
 
 
+def worst_perplexity(logp: torch.Tensor, window: int = 24) -> float:
+    """Perplexity of the worst `window` tokens in a row: a broken passage is not diluted."""
+    if not len(logp):
+        return math.inf
+    return math.exp(-logp.unfold(0, min(window, len(logp)), 1).mean(-1).min())
+
+
 def repetition(text: str) -> float:
     """Share of n-grams that repeat an earlier one, the largest over 2 to 4 words and 8 characters.
 

@@ -429,7 +429,7 @@ class Bench:
         self.plain.set_attn_implementation("sdpa")
         self.blocks = linears(model.get_decoder().layers)
         self.head = [model.get_output_embeddings()]
-        self.reading = texts.read(self.cfg.trait, n_contexts=256)
+        self.reading = texts.read(replace(self.cfg, n_contexts=256))
         self.layers = band(model, self.cfg.steer_layers)
         self.vector = extract_vector(model, tok, self.reading.persona, self.reading.contexts[:16],
                                      self.layers)
