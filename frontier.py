@@ -360,7 +360,8 @@ def figure(records: list[Record]) -> Figure:
 
 
 def page(records: list[Record]) -> str:
-    """arms.md."""
+    """arms.md, the same in whatever order the records come."""
+    records = sorted(records, key=lambda one: one.name)
     arms, costs = by_arm(records), costs_of(records)
     alone = [one for one in records if one.arm == "alone"]
     one = next(iter(arms.values()))[0]

@@ -34,32 +34,36 @@ import runs
 import texts
 from steer import band, extract_vector
 
-Together = Annotated[tuple[float, ...] | None, tyro.constructors.PrimitiveConstructorSpec(
-    nargs=1, metavar="X[,X]",
-    instance_from_str=lambda words: tuple(map(float, words[0].split(","))),
-    is_instance=lambda value: value is None or isinstance(value, tuple),
-    str_from_instance=lambda value: [together(value)])]  # the doses of one arm, as one word
+def apart(words: list[str]) -> tuple[float, ...]:
+    """One arm's doses from one word: ["1,2"] -> (1.0, 2.0)."""
+    return tuple(map(float, words[0].split(",")))
 
 
-def together(doses: tuple[float, ...] | None) -> str:
-    return "default" if doses is None else ",".join(f"{dose:g}" for dose in doses)
+def together(doses: tuple[float, ...]) -> str:
+    return ",".join(f"{dose:g}" for dose in doses)
+
+
+Together = Annotated[tuple[float, ...], tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1, metavar="X[,X]", instance_from_str=apart,
+    is_instance=lambda value: isinstance(value, tuple),
+    str_from_instance=lambda value: [together(value)])]
 
 
 @dataclass
 class Config:
-    # what arms differ in: every combination of these lists is an arm, see heal_loop.py --help
+    # what arms differ in: every combination is an arm; a list left out is as heal_loop.py has it
     reg: tuple[Literal["nll", "kl_fwd", "kl_rev", "wd"], ...] = ("nll", "kl_fwd", "kl_rev", "wd")
     agg: tuple[Literal["mean", "rmse", "p95", "max"], ...] = ("mean", "rmse")
-    doses: tuple[Together, ...] = (heal_loop.Config.doses,)  # one arm's doses joined by commas
-    dose_nats: tuple[Together, ...] = (heal_loop.Config.dose_nats,)  # likewise
-    rank: tuple[int, ...] = (heal_loop.Config.rank,)
-    lam: tuple[float, ...] = (heal_loop.Config.lam,)
-    lam_power: tuple[float, ...] = (heal_loop.Config.lam_power,)
-    tau: tuple[float, ...] = (heal_loop.Config.tau,)
-    ref: tuple[Literal["base", "prev", "good"], ...] = (heal_loop.Config.ref,)
-    weight_decay: tuple[float, ...] = (heal_loop.Config.weight_decay,)
-    lr: tuple[float, ...] = (heal_loop.Config.lr,)
-    epochs: tuple[int, ...] = (heal_loop.Config.epochs,)
+    doses: tuple[Together, ...] = ()  # one arm's doses joined by commas
+    dose_nats: tuple[Together, ...] = ()  # likewise
+    rank: tuple[int, ...] = ()
+    lam: tuple[float, ...] = ()
+    lam_power: tuple[float, ...] = ()
+    tau: tuple[float, ...] = ()
+    ref: tuple[Literal["base", "prev", "good"], ...] = ()
+    weight_decay: tuple[float, ...] = ()
+    lr: tuple[float, ...] = ()
+    epochs: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)  # one run of every arm each
     # what they are compared with
     alone: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)  # doses of steering alone; or none
@@ -79,7 +83,8 @@ class Config:
 BARRIER = ("agg", "lam", "lam_power", "tau", "ref")
 IGNORED = {"nll": (*BARRIER, "weight_decay"), "wd": BARRIER,
            "kl_fwd": ("weight_decay",), "kl_rev": ("weight_decay",)}  # what has no effect
-VARIED = ("reg", "agg", "doses", "dose_nats", "rank", "lam", "lam_power", "tau", "ref",
+DOSES = ("doses", "dose_nats")
+VARIED = ("reg", "agg", *DOSES, "rank", "lam", "lam_power", "tau", "ref",
           "weight_decay", "lr", "epochs")
 SHORT = {"doses": "dose", "dose_nats": "nats", "lam_power": "power", "weight_decay": "decay"}
 
@@ -93,7 +98,7 @@ def arm_name(chosen: dict, lists: dict[str, list]) -> str:
         if name == "agg":
             words.append(value)
         elif len(lists[name]) > 1:
-            shown = together(value) if name in ("doses", "dose_nats") else value
+            shown = together(value) if name in DOSES else value
             shown = f"{shown:g}" if isinstance(shown, (int, float)) else shown
             words.append(SHORT.get(name, name) + shown.replace(",", "+"))
     return "_".join(words)
@@ -101,14 +106,16 @@ def arm_name(chosen: dict, lists: dict[str, list]) -> str:
 
 def arms(cfg: Config) -> dict[str, list[heal_loop.Config]]:
     """{arm: one run per seed}, in the order of the flags. Raises ValueError for an empty list."""
-    for name in (*VARIED, "seeds"):
+    for name in ("reg", "agg", "seeds"):
         if not getattr(cfg, name):
-            raise ValueError(f"--{name.replace('_', '-')} is empty; fix: give at least one")
+            raise ValueError(f"--{name} is empty; fix: give at least one")
     for name in ("seed", "resume", "fork", "at"):
         if getattr(cfg.run, name) != getattr(heal_loop.Config, name):
             raise ValueError(f"--{name} is a single run's; fix: leave it out, seeds go by --seeds")
     # dict.fromkeys: what a flag names twice is run once, in the order of the flag
-    lists = {name: list(dict.fromkeys(getattr(cfg, name))) for name in VARIED}
+    lists = {}
+    for name in VARIED:
+        lists[name] = list(dict.fromkeys(getattr(cfg, name) or [getattr(cfg.run, name)]))
     found = {}
     for values in itertools.product(*lists.values()):
         chosen = dict(zip(lists, values))
@@ -301,14 +308,13 @@ def execute_slurm(cfg: Config, calls: list) -> None:
 def flags_of(cfg: Config) -> str:
     """The flags that make this table, those at their default left out."""
     chosen = {"reg": cfg.reg, "agg": cfg.agg, "seeds": cfg.seeds, "rounds": cfg.run.rounds}
-    for name in VARIED:
-        if getattr(cfg, name) != getattr(Config, name):
-            values = getattr(cfg, name)
-            is_doses = name in ("doses", "dose_nats")
-            chosen[name] = [together(doses) for doses in values] if is_doses else values
     default = runs.settings(heal_loop.Config())
     for name, value in runs.settings(cfg.run).items():
-        if value != default[name] and name not in (*VARIED, "rounds", "seed", "baselines"):
+        if name in DOSES:
+            value = [together(doses) for doses in getattr(cfg, name) or [value] if doses]
+        elif name in VARIED:
+            value = getattr(cfg, name) or value
+        if value and value != default[name] and name not in (*chosen, "seed", "baselines"):
             chosen[name] = value
     words = []
     for name, value in chosen.items():

@@ -51,7 +51,8 @@ def test_on_the_command_line_a_word_is_an_arm_and_commas_join_its_doses(monkeypa
 
     def main(cfg):
         given.append(cfg)
-    monkeypatch.setattr(sys, "argv", ["sweep.py", *"--doses 0 1,2 --tau 0.1 0.2 --rounds 5".split()])
+    argv = "sweep.py --doses 0 1,2 --tau 0.1 0.2 --rounds 5".split()
+    monkeypatch.setattr(sys, "argv", argv)
     runs.cli(sweep.Config, main, rest="run")
     assert given[0].doses == ((0.0,), (1.0, 2.0)) and given[0].tau == (0.1, 0.2)
     assert given[0].run.rounds == 5
@@ -61,8 +62,16 @@ def test_on_the_command_line_a_word_is_an_arm_and_commas_join_its_doses(monkeypa
 def test_a_value_out_of_range_is_named_and_no_list_is_empty(tmp_path):
     with pytest.raises(ValueError, match="--lr 7 is out of range"):
         sweep.arms(config(tmp_path, lr=(1e-4, 7)))
-    with pytest.raises(ValueError, match="--weight-decay is empty; fix: give at least one"):
-        sweep.arms(config(tmp_path, weight_decay=()))
+    with pytest.raises(ValueError, match="--seeds is empty; fix: give at least one"):
+        sweep.arms(config(tmp_path, seeds=()))
+
+
+def test_a_list_that_is_left_out_is_as_the_loop_has_it(tmp_path):
+    cfg = config(tmp_path, run=heal_loop.Config(tau=0.7, doses=(1.0, 3.0)), lr=(1e-4,))
+    run, = sweep.arms(cfg)["nll"]
+    assert (run.tau, run.doses, run.lr, run.rank) == (0.7, (1.0, 3.0), 1e-4, heal_loop.Config.rank)
+    assert {"--tau 0.7", "--doses 1,3", "--lr 0.0001"} <= {
+        " ".join(words) for words in zip(*[iter(sweep.flags_of(cfg).split())] * 2)}
 
 
 def test_only_runs_that_differ_in_their_healing_alone_share_a_round_0(tmp_path):

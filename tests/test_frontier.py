@@ -11,7 +11,7 @@ from evaluate import NATS
 
 
 def event(stage, round, trait, cost, direction="down", **more):
-    """A measured event: the trait moved so far from −2 nats, and every cost is a function of one."""
+    """A measured event: the trait moved so far from −2 nats, and every measure says `cost`."""
     sign = -1 if direction == "down" else 1
     numbers = {name: -2.0 for name in NATS} | {"auth_nats": -2.0 + sign * trait}
     return {"stage": stage, "round": round, **numbers, "coherence": 1 - cost, "perplexity": cost,
