@@ -98,11 +98,12 @@ def job_of(run: Path) -> str | None:
 
 
 def kill_when_under_way(run: Path) -> str:
-    """scancel the job of a run whose first round is being made; -> its id."""
+    """Kill the job of a run whose first round is being made; -> its id."""
     for _ in range(3000):
         if (run / "round_0.tmp").exists() and job_of(run):
             job = job_of(run)
-            subprocess.run(["scancel", job], check=True)
+            # not the polite way, which submitit takes for preemption and leaves 30 s to
+            subprocess.run(["scancel", "--full", "--signal=KILL", job], check=True)
             return job
         time.sleep(0.1)
     raise TimeoutError(f"{run} never began")
