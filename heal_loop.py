@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import check
 import distil
 import evaluate
 import lora
@@ -244,6 +245,7 @@ def main(cfg: Config, loaded=None) -> Path:
         print(f"{cfg.model}: {cfg.trait}, {cfg.reg} {cfg.agg}, λ {cfg.lam:g}, τ {cfg.tau:g}, "
               f"{cfg.rounds} rounds, seed {cfg.seed} -> {run.folder}", flush=True)
         model, tok = loaded or models.load(cfg.model, cfg.device, cfg.dtype)
+        check.quick(model, cfg.model)  # or every number below could be wrong without a word
         lora.attach(model, cfg.rank, cfg.alpha, cfg.lora_layers)
         lora.load(model, [run.folder / f"round_{r}/adapter.safetensors"
                           for r in range(run.rounds_done)])

@@ -178,8 +178,10 @@ def read_config(config_class, folder: Path):
                          "fix: give the --out of an earlier run")
     try:
         found = json.loads(file.read_text())
-        for name in settings(config_class()):
-            found[name]  # a setting that is missing would silently be the default
+        missing = set(settings(config_class())) - set(found)
+        if missing:  # it would silently be the default
+            raise ValueError(f"{file} lacks '{min(missing)}', as of an earlier version of this code; "
+                             "fix: restore it, start a new run, or use that version")
         for name, hint in typing.get_type_hints(config_class).items():
             if name in UNRECORDED or found[name] is None:
                 continue

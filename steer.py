@@ -52,9 +52,12 @@ def chat_ids(tok, user: str, system: str = NEUTRAL) -> list[int]:
         raise ValueError("empty prompt; fix: give at least one word")
     system = system.strip()  # templates trim it, and it is looked for below
 
+    how = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    if getattr(tok, "chat_date", None):  # a datetime.date: what templates print as today's
+        how["strftime_now"] = tok.chat_date.strftime
+
     def render(messages):
-        return tok.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        return tok.apply_chat_template(messages, **how)
     try:
         text = render([{"role": "system", "content": system}, {"role": "user", "content": user}])
     except Exception:  # templates refuse in their own words (jinja2.TemplateError and others)
@@ -114,8 +117,9 @@ class SteeringVector:
     def at(self, model, dose, last_only: bool | int = False):
         """Within the context, dose · v is added to the output of every block that has a v.
 
-        dose: a float, or a [batch] tensor with one dose per row. last_only: steer the last position
-        of each pass alone, or the last n. Raises ValueError where the vector does not fit the model.
+        dose: a float, or a [batch] tensor, one dose per row, read at each pass. last_only: steer
+        the last position of each pass alone, or the last n.
+        Raises ValueError where the vector does not fit the model.
         """
         blocks, d_model = model.get_decoder().layers, model.config.get_text_config().hidden_size
         width = len(next(iter(self.layers.values())))
@@ -126,9 +130,11 @@ class SteeringVector:
 
         def steer_with(v):
             def hook(block, args, output):
+                nonlocal v
                 h = residual(output)  # [batch, seq, d_model]
+                v = v.to(h.device)  # once: blocks may be on several devices
                 doses = torch.as_tensor(dose, dtype=torch.float32, device=h.device)
-                step = (doses.reshape(-1, 1, 1) * v.to(h.device)).to(h.dtype)  # [batch, 1, d_model]
+                step = (doses.reshape(-1, 1, 1) * v).to(h.dtype)  # [batch, 1, d_model]
                 if last_only:  # True is 1
                     h = torch.cat([h[:, :-last_only], h[:, -last_only:] + step], 1)
                 else:
