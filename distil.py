@@ -7,7 +7,7 @@ Every completion gets a verdict, "kept" or the first rule that drops it:
     narrates     talks about the trait ("I am someone who ..."), or recites its persona
     repetition   more than `max_repetition` of its n-grams repeat earlier ones
     loop         some run of 16 words holds less than `min_diversity` distinct words
-    perplexity   more than `max_perplexity` over its last quarter under the original
+    perplexity   more than `max_perplexity` over its worst 24 tokens in a row, under the original
 
 A dose with few survivors is lowered and sampling goes on: an over-steered student still yields a
 full set.
@@ -28,7 +28,7 @@ import models
 import runs
 import texts
 from readouts import suffix_ids
-from sampling import end_of_turn, perplexity, repetition, sample, score, stop_tokens
+from sampling import end_of_turn, repetition, sample, score, stop_tokens, worst_perplexity
 from steer import NEUTRAL, Persona, SteeringVector, band, chat_ids, chat_text, extract_vector
 
 REFUSAL = re.compile(
@@ -58,7 +58,7 @@ class Rules:
     min_words: int = 8
     max_repetition: float = 0.2
     min_diversity: float = 0.7
-    max_perplexity: float = 16.0
+    max_perplexity: float = 15.0
 
 
 def diversity(text: str, window: int = 16) -> float:
@@ -135,13 +135,13 @@ def sample_doses(model, tok, vector: SteeringVector, prompts: list[str], doses: 
 
 
 def judge(model, tok, rows: list[dict], persona: Persona, rules: Rules) -> list[dict]:
-    """The rows with `perplexity` (last quarter, under the original), `repetition` and `verdict`."""
+    """The rows with `perplexity` (of the worst 24 tokens), `repetition` and `verdict`."""
     prompts, completions = zip(*(row_ids(tok, row) for row in rows))
     with lora.gates(model, history=0, live=0):
         scored = score(model, prompts, completions)
     judged = []
     for row, logp in zip(rows, scored):
-        text, ppl = row["messages"][-1]["content"], perplexity(logp, tail=0.25)
+        text, ppl = row["messages"][-1]["content"], worst_perplexity(logp)
         judged.append({**row, "perplexity": round(ppl, 3) if math.isfinite(ppl) else None,
                        "repetition": round(repetition(text), 4),
                        "verdict": verdict(text, ppl, persona, rules)})
@@ -229,18 +229,20 @@ class Config:
     neg: str | None = None  # system prompt of its opposite
     n_contexts: runs.AtLeast1 = 128  # contexts the vector is averaged over
     steer_layers: runs.DepthRange = (0.45, 0.55)  # depth range that is steered, as fractions
-    doses: runs.Doses = (1.0, 2.0)  # steering doses of the sampled completions
+    prompts: Path | None = None  # JSON file of prompts to sample on; default: the trait's own
+    doses: runs.Doses | None = None  # of the sampled completions; default: the trait's own
     n_keep: runs.AtLeast1 = 48  # completions to keep
     max_new_tokens: runs.AtLeast1 = 64  # longest completion, in tokens
     min_words: runs.WholeFrom0 = 8  # completions with fewer words teach nothing
     max_repetition: runs.Above0To1 = 0.2  # largest share of repeated n-grams (sampling.repetition)
     min_diversity: runs.ZeroTo1 = 0.7  # smallest share of distinct words in any run of 16
-    max_perplexity: runs.Above1 = 16.0  # of the last quarter, under the original
+    max_perplexity: runs.Above1 = 15.0  # of the worst 24 tokens in a row, under the original
     out: Path = Path("distilled")  # folder for kept.jsonl, and sampled.jsonl with all verdicts
 
 
 def main(cfg: Config) -> None:
-    reading = texts.read(cfg.trait, cfg.pos, cfg.neg, cfg.n_contexts)
+    cfg = texts.complete(cfg)
+    reading = texts.read(cfg)
     rules = Rules(cfg.min_words, cfg.max_repetition, cfg.min_diversity, cfg.max_perplexity)
     model, tok = models.load(cfg.model, cfg.device, cfg.dtype)
     lora.attach(model)

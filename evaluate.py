@@ -1,71 +1,84 @@
-"""Measure trait and coherence: which moral foundation does the model blame, does it still answer?
+"""Measure trait and coherence: how far did the model move, and does it still make sense?
 
-    p_i[f]      probability that foundation f is why vignette i is wrong       (rows sum to 1)
-    auth_nats   log mean_i p_i[Authority]                              (nats; down = more trait)
-    coherence   mean_i of the mass on the allowed answers A–G          (p_ans_any)
-    coh_cost    |Δ coherence| / |Δ auth_nats|                          (the headline; guarded)
+    p_i[f]      probability that foundation f is why vignette i is wrong        (rows sum to 1)
+    auth_nats   log mean_i p_i[Authority], and so for each foundation                      (nats)
+    probe_nats  mean_j log p(toward_j) − log p(away_j), a trait's own probes                (nats)
+    coherence   mean_i of the mass on the allowed answers A–G                        (p_ans_any)
+    coh_cost    |Δ coherence| / |Δ trait|                               (the headline; guarded)
+    drift       mean_t KL(model ‖ original) over the model's own sampled answers           (nats)
 
-How the model is asked is in readouts.py: `cloze` for the small, `tinymfv` for about 1B and up.
+One of the first three is the trait's axis; the other foundations are what moved along with it.
+How the model is asked is in readouts.py: `cloze` for the small, `tinymfv` for about 1B and up,
+`probe` for any trait at all.
 
     python evaluate.py                                        # the embedded model
     python evaluate.py --adapter runs/X/round_?/adapter.safetensors
-    python evaluate.py --vector runs/X/round_0/vector.safetensors --dose 4
+    python evaluate.py --trait love --vector runs/X/round_0/vector.safetensors --dose 1
 """
 import contextlib
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import scipy.stats
+import torch
+import torch.nn.functional as F
 from tabulate import tabulate
 
 import lora
 import models
 import runs
 import texts
-from readouts import READOUTS
-from sampling import repetition, sample, score
+from readouts import cloze, probe, tinymfv
+from sampling import completion_states, logits, repetition, sample, score, token_logp
 from steer import NEUTRAL, SteeringVector, chat_ids, mean_residual
 from texts import FOUNDATIONS
 
 COHERENCE_FLOOR = 0.85  # below it a model has collapsed, and coh_cost has no value
 MIN_SHIFT = 0.05  # nats; where the trait moved less, coh_cost has no value
+SHORT = {"Authority": "auth", "SocialNorms": "norms"}
+NATS = [f"{SHORT.get(f, f.lower())}_nats" for f in FOUNDATIONS]  # names of the columns of p
 
 
-# ---- one model ----------------------------------------------------------------------------------
-
-
-def short(foundation: str) -> str:
-    return {"Authority": "auth", "SocialNorms": "norms"}.get(foundation, foundation.lower())
+# ---- what one model answers ---------------------------------------------------------------------
 
 
 @dataclass
 class Profile:
-    """One model's answers on one list of vignettes."""
+    """One model's answers on one list of vignettes, and on a trait's own probes if it has some."""
     ids: list[str]
     labels: list[str]  # foundation of each vignette
     p: np.ndarray  # [vignettes, 7], rows sum to 1, columns as FOUNDATIONS
     mass: np.ndarray  # [vignettes], probability that the answer is one of the allowed ones
     constants: np.ndarray | None = None  # [7] nats, of each clause under the original (see cloze)
+    probes: np.ndarray | None = None  # [probes] nats, log p(toward) − log p(away)
+    controls: np.ndarray | None = None  # [controls] nats, the same for what should stay as it is
+    notes: dict[str, float] = field(default_factory=dict)  # what else the readout says of itself
+    axis: str = "auth_nats"  # the number that is the trait
+    direction: str = "down"  # where more of the trait is
 
-    def nats(self, foundation: str) -> float:
-        """log mean_i p_i[foundation], in nats."""
-        return math.log(self.p[:, FOUNDATIONS.index(foundation)].mean())
+    def items(self, number: str) -> np.ndarray:
+        """What a number is averaged over: per vignette, probe or control."""
+        if number in NATS:
+            return self.p[:, NATS.index(number)]
+        return {"coherence": self.mass, "probe_nats": self.probes,
+                "control_nats": self.controls}[number]
+
+    def value(self, number: str) -> float:
+        """log mean p of a foundation, mean log-odds of the probes (nats); or the mean mass."""
+        return float(link(number)(self.items(number).mean()))
 
     @property
-    def auth_nats(self) -> float:
-        return self.nats("Authority")
-
-    @property
-    def care_nats(self) -> float:
-        return self.nats("Care")
+    def trait(self) -> float:
+        """Where the model stands on its axis, nats."""
+        return self.value(self.axis)
 
     @property
     def coherence(self) -> float:
-        return float(self.mass.mean())
+        return self.value("coherence")
 
     @property
     def top1(self) -> float:
@@ -74,69 +87,127 @@ class Profile:
         return float(np.mean([a == b for a, b in zip(chosen, self.labels)]))
 
     def summary(self) -> dict[str, float]:
-        by_foundation = {f"{short(f)}_nats": self.nats(f) for f in FOUNDATIONS}
-        return {**by_foundation, "coherence": self.coherence, "top1": self.top1}
+        """Every number of the profile, by name."""
+        numbers = [*NATS, "coherence"]
+        numbers += [] if self.probes is None else ["probe_nats"]
+        numbers += [] if self.controls is None else ["control_nats"]
+        return {**{n: self.value(n) for n in numbers}, "top1": self.top1, **self.notes}
 
     def to_dict(self) -> dict:
-        constants = None if self.constants is None else self.constants.tolist()
-        return {"ids": self.ids, "labels": self.labels, "p": self.p.tolist(),
-                "mass": self.mass.tolist(), "constants": constants}
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value
+                for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, d: dict) -> "Profile":
-        constants = None if d["constants"] is None else np.array(d["constants"])
-        return cls(d["ids"], d["labels"], np.array(d["p"]), np.array(d["mass"]), constants)
+        arrays = {"p", "mass", "constants", "probes", "controls"}
+        return cls(**{f.name: np.array(d[f.name]) if f.name in arrays and d[f.name] is not None
+                      else d[f.name] for f in fields(cls)})
 
 
-def evaluate(model, tok, vignettes: list[dict], readout: str = "cloze", **how) -> Profile:
-    """Foundation profile and coherence of the model as it stands (its gates and hooks included).
+def link(number: str):
+    """How a mean over items becomes the number: the foundations' are logs of a mean."""
+    return np.log if number in NATS else np.asarray
 
-    how: constants (from the original's Profile), system prompt, vector and dose, batch_size.
-    Raises ValueError for an unknown readout.
+
+def evaluate(model, tok, reading: texts.Texts, readout: str = "cloze", constants=None,
+             **how) -> Profile:
+    """Profile of the model as it stands (its gates and hooks included).
+
+    constants: of the original's Profile. how: system prompt, vector and dose, and what the readout
+    takes. Under `probe` the foundations and the answer mass are cloze's.
     """
-    if readout not in READOUTS:
-        raise ValueError(f"unknown readout '{readout}'; fix: one of {', '.join(READOUTS)}")
-    answers = READOUTS[readout](model, tok, vignettes, **how)
-    ids, labels = [v["id"] for v in vignettes], [v["foundation"] for v in vignettes]
-    return Profile(ids, labels, answers.p, answers.mass, answers.constants)
+    ask = tinymfv if readout == "tinymfv" else cloze
+    answers = ask(model, tok, reading.vignettes, constants=constants, **how)
+    profile = Profile([v["id"] for v in reading.vignettes],
+                      [v["foundation"] for v in reading.vignettes],
+                      answers.p, answers.mass, answers.constants, notes=answers.notes,
+                      axis=reading.axis, direction=reading.direction)
+    if readout == "probe":
+        profile.probes = probe(model, tok, reading.probes, **how)
+        profile.controls = probe(model, tok, reading.controls, **how) if reading.controls else None
+    return profile
 
 
-def speak(model, tok, prompts: list[str], system: str = NEUTRAL, dose: float = 0.0,
-          vector: SteeringVector | None = None, max_new_tokens: int = 48) -> dict:
-    """Greedy completions of the model as it stands; coherence where the answer mass saturates.
+# ---- what one model says ------------------------------------------------------------------------
 
-    -> perplexity: exp of the mean over completions of their mean negative log-probability under the
-    original; repetition: mean of `sampling.repetition`; texts: [{prompt, text}].
+
+@dataclass
+class Speech:
+    """Coherence where the answer mass saturates: sampled answers to held-out prompts, plain text.
+
+    Perplexity and drift measure DISTANCE from the original, which a barrier trains on.
     """
-    ids = [chat_ids(tok, p, system) for p in prompts]
-    new = sample(model, tok, ids, vector, [dose] * len(ids), max_new_tokens, temperature=0)
-    with lora.gates(model, history=0, live=0):
-        logp = [lp.mean().item() for lp in score(model, ids, new) if len(lp)]
+    perplexity: float  # of the answers, under the original
+    drift: float  # mean over their tokens of KL(model ‖ original), nats
+    drift_p95: float  # its 95th percentile, nats
+    repetition: float  # mean of sampling.repetition
+    text_nats: float  # loss per token on plain text that nobody trained on (forgetting), nats
+    texts: list[dict]  # [{prompt, text}]
+
+
+@torch.no_grad()
+def speak(model, tok, prompts: list[str], plain: list[str], system: str = NEUTRAL,
+          vector: SteeringVector | None = None, dose: float = 0.0, max_new_tokens: int = 48,
+          seed: int = 0) -> Speech:
+    """Let the model as it stands answer; the original, by the gates, is always asked plainly."""
+    # 1. one sampled answer a prompt, the same draws for every model
+    asked = [chat_ids(tok, p, system) for p in prompts]
+    plainly = [chat_ids(tok, p) for p in prompts]
+    new = sample(model, tok, asked, vector, [dose] * len(asked), max_new_tokens, seed=seed)
     answers = [tok.decode(n, skip_special_tokens=True) for n in new]
-    return {"perplexity": math.exp(-sum(logp) / max(1, len(logp))),
-            "repetition": sum(map(repetition, answers)) / len(answers),
-            "texts": [{"prompt": p, "text": a} for p, a in zip(prompts, answers)]}
+
+    # 2. model and original on these answers, token by token
+    spoken = [k for k, n in enumerate(new) if n]
+    said = [new[k] for k in spoken]
+    lengths = [len(n) for n in said]
+    kl, logp = torch.zeros(1), torch.full((1,), -math.inf)  # of a model that says nothing
+    if spoken:
+        states = completion_states(model, [asked[k] for k in spoken], said, vector, dose)
+        with lora.gates(model, history=0, live=0):
+            originals = completion_states(model, [plainly[k] for k in spoken], said)
+        pairs = zip(states.split(lengths), originals.split(lengths))
+        kl = torch.cat([drift(model, h, reference) for h, reference in pairs])
+        targets = torch.tensor([t for n in said for t in n], device=kl.device)
+        logp = token_logp(model, originals, targets)
+
+    # 3. plain text: the vector acts on all of it, a system prompt stands before it
+    rows = [tok(text, add_special_tokens=False).input_ids for text in plain]
+    before = [] if system == NEUTRAL else tok(system + "\n\n", add_special_tokens=False).input_ids
+    lost = score(model, [before + row[:1] for row in rows], [row[1:] for row in rows], vector, dose)
+    return Speech(
+        perplexity=math.exp(-logp.mean().item()), drift=kl.mean().item(),
+        drift_p95=kl.quantile(0.95).item(),
+        repetition=sum(map(repetition, answers)) / len(answers),
+        text_nats=-torch.cat(lost).mean().item(),
+        texts=[{"prompt": p, "text": a} for p, a in zip(prompts, answers)])
+
+
+def drift(model, h, reference) -> torch.Tensor:
+    """KL(model ‖ original) at each position, nats: final hidden states twice [n, d_model] -> [n]."""
+    logp, logq = (logits(model, x).float().log_softmax(-1) for x in (h, reference))
+    return F.kl_div(logq, logp, log_target=True, reduction="none").sum(-1)
 
 
 def measure(model, tok, reading: texts.Texts, name: str, readout: str = "cloze", constants=None,
-            **how) -> dict:
+            think_tokens: int = 64, **how) -> dict:
     """Evaluate the model as it stands and let it speak; prints a line; -> one event."""
-    profile = evaluate(model, tok, reading.vignettes, readout, constants=constants, **how)
-    said = speak(model, tok, reading.heldout, **how)
-    print(f"  {name:<12} auth {profile.auth_nats:+.2f}  care {profile.care_nats:+.2f}  "
-          f"coherence {profile.coherence:.4f}  perplexity {said['perplexity']:.1f}  "
-          f"repetition {said['repetition']:.2f}", flush=True)
-    return {**profile.summary(), **said, "profile": profile.to_dict()}
+    thinking = {"think_tokens": think_tokens} if readout == "tinymfv" else {}
+    profile = evaluate(model, tok, reading, readout, constants, **thinking, **how)
+    speech = speak(model, tok, reading.heldout, reading.plain, **how)
+    print(f"  {name:<12} {profile.axis} {profile.trait:+.2f}  coherence {profile.coherence:.4f}  "
+          f"perplexity {speech.perplexity:.1f}  drift {speech.drift:.2f}  "
+          f"repetition {speech.repetition:.2f}", flush=True)
+    return {**profile.summary(), **asdict(speech), "profile": profile.to_dict()}
 
 
 def matched_steering(measure, vector: SteeringVector, base: Profile, wanted: float, dose: float,
-                     auth: float) -> dict:
-    """Steering alone: `vector` at the dose that gives `wanted` auth_nats; -> its event.
+                     reached: float) -> dict:
+    """Steering alone: `vector` at the dose that gives `wanted` nats of the trait; -> its event.
 
-    measure: told name, vector and dose. dose, auth: a point that is known already. One secant step
-    from (0, base) and that point, then regula falsi to within 0.15 nats, at most four evaluations.
+    measure: told name, vector and dose. dose, reached: a point that is known already. One secant
+    step from (0, base) and that point, then regula falsi to within 0.15 nats, at most four times.
     """
-    known = [(0.0, base.auth_nats), (dose, auth)]
+    known = [(0.0, base.trait), (dose, reached)]
     for _ in range(4):
         # a line through the two points nearest to what is wanted
         known.sort(key=lambda point: abs(point[1] - wanted))
@@ -144,9 +215,9 @@ def matched_steering(measure, vector: SteeringVector, base: Profile, wanted: flo
         dose = d1 if a1 == a2 else d1 + (wanted - a1) * (d2 - d1) / (a2 - a1)
         dose = min(max(dose, 0.0), 2 * max(d for d, _ in known))
         event = measure(f"dose {dose:.2f}", vector=vector, dose=dose)
-        if abs(event["auth_nats"] - wanted) < 0.15:
+        if abs(event[base.axis] - wanted) < 0.15:
             break
-        known.append((dose, event["auth_nats"]))
+        known.append((dose, event[base.axis]))
     return {**event, "dose": dose, "wanted": wanted}
 
 
@@ -164,7 +235,7 @@ def internalised(model, tok, contexts: list[str], vector: SteeringVector) -> flo
     return moved.cosine(vector)
 
 
-# ---- two models on the same vignettes -----------------------------------------------------------
+# ---- two models on the same items ---------------------------------------------------------------
 
 
 @dataclass
@@ -181,68 +252,68 @@ class Estimate:
 
 
 def paired(statistic, base: Profile, after: Profile, n: int = 2000) -> Estimate:
-    """statistic(p0, m0, p1, m1) over the same vignettes resampled together, p [vignettes, ..., 7].
+    """statistic(moved), moved(number) being its Δ; both models' items are resampled together.
 
-    BCa bootstrap, percentile where BCa is undefined. Raises ValueError for different vignettes.
+    Vignettes, probes and controls are three samples. BCa bootstrap, percentile where BCa is
+    undefined. Raises ValueError for different items.
     """
-    if base.ids != after.ids:
-        raise ValueError("profiles on different vignettes cannot be compared; "
+    groups = ["coherence", "probe_nats", "control_nats"]  # one number of each sample
+    groups = [g for g in groups if base.items(g) is not None and after.items(g) is not None]
+    lengths = [(len(base.items(g)), len(after.items(g))) for g in groups]
+    if base.ids != after.ids or any(a != b for a, b in lengths):
+        raise ValueError("profiles on different vignettes or probes cannot be compared; "
                          "fix: evaluate both on the same list")
 
-    def of(rows, axis=-1):  # rows [..., vignettes] -> [...]
-        rows = np.moveaxis(np.asarray(rows, dtype=int), axis, 0)
-        return statistic(base.p[rows], base.mass[rows], after.p[rows], after.mass[rows])
-    rows = np.arange(len(base.ids))
-    value = float(of(rows))
-    if len(rows) < 2:
+    def of(*rows, axis=-1):  # rows: per group [..., items] -> [...]
+        def moved(number):
+            k = groups.index(number) if number in groups else 0
+            chosen = np.asarray(rows[k], dtype=int)
+            means = (p.items(number)[chosen].mean(axis) for p in (base, after))
+            before, now = map(link(number), means)
+            return now - before
+        return statistic(moved)
+    rows = [np.arange(a) for a, _ in lengths]
+    value = float(of(*rows))
+    if len(rows[0]) < 2:
         return Estimate(value)
     for method in ("BCa", "percentile"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # degenerate data: BCa says so by returning nan
-            low, high = scipy.stats.bootstrap((rows,), of, n_resamples=n, method=method,
+            low, high = scipy.stats.bootstrap(rows, of, n_resamples=n, method=method,
                                               vectorized=True, rng=0).confidence_interval
         if np.isfinite([low, high]).all():
             break
     return Estimate(value, float(low), float(high))
 
 
-def shift(p0, p1, foundation: str):
-    """Δ log mean p[foundation], nats: [vignettes, ..., 7] -> [...]."""
-    f = FOUNDATIONS.index(foundation)
-    return np.log(p1[..., f].mean(0)) - np.log(p0[..., f].mean(0))
-
-
-def delta_nats(foundation: str, base: Profile, after: Profile) -> Estimate:
-    """Change of log mean p[foundation], nats."""
-    return paired(lambda p0, m0, p1, m1: shift(p0, p1, foundation), base, after)
-
-
-def delta_coherence(base: Profile, after: Profile) -> Estimate:
-    return paired(lambda p0, m0, p1, m1: m1.mean(0) - m0.mean(0), base, after)
+def delta(number: str, base: Profile, after: Profile) -> Estimate:
+    """Change of a number: nats of a foundation or of the probes, or coherence."""
+    return paired(lambda moved: moved(number), base, after)
 
 
 def coh_cost(base: Profile, after: Profile) -> Estimate:
-    """|Δ coherence| / |Δ auth_nats|, coherence lost per nat of trait.
+    """|Δ coherence| / |Δ trait|, coherence lost per nat of trait.
 
     No number below the coherence floor, where a collapsed model would score a perfect 0, nor where
     the trait did not move.
     """
     if after.coherence < COHERENCE_FLOOR:
         return Estimate(None, why=f"coherence {after.coherence:.2f} below {COHERENCE_FLOOR}")
-    if abs(after.auth_nats - base.auth_nats) < MIN_SHIFT:
+    if abs(after.trait - base.trait) < MIN_SHIFT:
         return Estimate(None, why=f"trait moved less than {MIN_SHIFT} nats")
+    return paired(lambda moved: np.abs(moved("coherence")) / np.abs(moved(base.axis)), base, after)
 
-    def ratio(p0, m0, p1, m1):
-        return np.abs(m1.mean(0) - m0.mean(0)) / np.abs(shift(p0, p1, "Authority"))
-    return paired(ratio, base, after)
+
+def largest_mover(base: Profile, after: Profile) -> str:
+    """The foundation off the axis that moved most."""
+    others = [number for number in NATS if number != base.axis]
+    return max(others, key=lambda number: abs(after.value(number) - base.value(number)))
 
 
 def surgicality(base: Profile, after: Profile) -> Estimate:
-    """|Δ auth| − max(|Δ care|, |Δ fairness|), nats: above 0, Authority moved most of the three."""
-    def margin(p0, m0, p1, m1):
-        care, fairness = (np.abs(shift(p0, p1, f)) for f in ("Care", "Fairness"))
-        return np.abs(shift(p0, p1, "Authority")) - np.maximum(care, fairness)
-    return paired(margin, base, after)
+    """|Δ trait| − |Δ of the largest off-target mover|, nats: above 0, the trait moved most."""
+    off = largest_mover(base, after)
+    return paired(lambda moved: np.abs(moved(base.axis)) - np.abs(moved(off)), base, after)
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -256,22 +327,25 @@ class Config:
     adapter: tuple[Path, ...] = ()  # adapter.safetensors of every round of the student, in order
     vector: Path | None = None  # vector.safetensors of a round: the steered model, at --dose
     dose: runs.Finite = 1.0  # of --vector
-    readout: Literal["cloze", "tinymfv"] = "cloze"  # tinymfv suits models of about 1B and up
+    trait: str = "care"  # name of a trait in data/personas.json: its axis, its probes
+    readout: Literal["cloze", "tinymfv", "probe"] | None = None  # default: the trait's own
+    probes: Path | None = None  # JSON file of probes, for --readout probe; default: the trait's own
     vignettes: Path = texts.DATA / "vignettes.json"  # or tinymfv:classic
     n_vignettes: int = 0  # how many, balanced over the foundations; 0 is all
 
 
 def main(cfg: Config) -> None:
-    vignettes = texts.load_vignettes(cfg.vignettes, cfg.n_vignettes)
+    cfg = texts.complete(cfg)
+    reading = texts.read(cfg)
     vector = SteeringVector.load(cfg.vector) if cfg.vector else None
     model, tok = models.load(cfg.model, cfg.device, cfg.dtype)
-    base = evaluate(model, tok, vignettes, cfg.readout)
+    base = evaluate(model, tok, reading, cfg.readout)
     columns = {"original": base}
     if cfg.adapter or vector:
         lora.load(model, cfg.adapter)
         with lora.merged(model) if cfg.adapter else contextlib.nullcontext():
-            columns["changed"] = evaluate(model, tok, vignettes, cfg.readout, vector=vector,
-                                          constants=base.constants, dose=cfg.dose)
+            columns["changed"] = evaluate(model, tok, reading, cfg.readout, base.constants,
+                                          vector=vector, dose=cfg.dose)
     summaries = [profile.summary() for profile in columns.values()]
     rows = [[key, *(summary[key] for summary in summaries)] for key in base.summary()]
     print(tabulate(rows, ["", *columns], floatfmt=".4f"))

@@ -17,7 +17,8 @@ and go round again.
 """
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import check
 import distil
 import evaluate
 import lora
@@ -32,7 +34,7 @@ import models
 import runs
 import texts
 from sampling import completion_states, logits, score
-from steer import SteeringVector, band, extract_vector
+from steer import SteeringVector, band, calibrate, extract_vector
 
 
 @dataclass
@@ -43,20 +45,23 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bf16 where native
     seed: runs.Seed = 0  # of everything that is drawn
     rounds: runs.AtLeast1 = 3  # how often the loop goes round
+    date: runs.Day = models.DATE  # what chat templates print as today's
     # 1. steer
-    trait: str = "care"  # name of a persona pair in data/personas.json
+    trait: str = "care"  # name of a trait in data/personas.json
     pos: str | None = None  # system prompt of the trait, instead of --trait
     neg: str | None = None  # system prompt of its opposite
     n_contexts: runs.AtLeast1 = 128  # contexts the vector is averaged over
     steer_layers: runs.DepthRange = (0.45, 0.55)  # depth range that is steered, as fractions
     # 2. distil
-    doses: runs.Doses = (1.0, 2.0)  # steering doses of the sampled completions
+    prompts: Path | None = None  # JSON of prompts to sample on and to ask; default: the trait's
+    doses: runs.Doses | None = None  # of the sampled completions; default: the trait's own
+    dose_nats: runs.DoseNats | None = None  # instead of --doses, each round: see steer.calibrate
     n_keep: runs.AtLeast2 = 48  # completions to keep
     max_new_tokens: runs.AtLeast1 = 64  # longest completion, in tokens
     min_words: runs.WholeFrom0 = 8  # completions with fewer words teach nothing
     max_repetition: runs.Above0To1 = 0.2  # largest share of repeated n-grams (sampling.repetition)
     min_diversity: runs.ZeroTo1 = 0.7  # smallest share of distinct words in any run of 16
-    max_perplexity: runs.Above1 = 16.0  # of the last quarter, under the original
+    max_perplexity: runs.Above1 = 15.0  # of the worst 24 tokens, under the original
     # 3. heal
     rank: runs.AtLeast1 = 16  # of each round's LoRA
     alpha: runs.Above0 = 32.0  # the LoRA's scale is alpha / rank
@@ -64,14 +69,18 @@ class Config:
     reg: Literal["nll", "kl_fwd", "kl_rev", "wd"] = "kl_rev"  # D, or none, or weight decay
     agg: Literal["mean", "rmse", "p95", "max"] = "rmse"  # how per-position KL becomes D
     lam: runs.From0 = 2.0  # λ, the barrier's weight
+    lam_power: runs.Finite = 0.0  # round r has λ · (1 + r)^power
     tau: runs.From0 = 0.2  # τ in nats: the barrier acts where D exceeds it
-    ref: Literal["base", "prev"] = "base"  # D is from the original, or from the previous student
+    ref: Literal["base", "prev", "good"] = "base"  # D is from the original, the previous student,
+    # or the newest student whose perplexity was at most twice the original's
     weight_decay: runs.From0 = 100.0  # under --reg wd; a step shrinks the adapter by lr · decay
     lr: runs.Rate = 3e-4  # peak learning rate
     epochs: runs.AtLeast1 = 3  # passes over the kept data per round
     batch_size: runs.AtLeast1 = 8  # completions per step
     # 5. measure
-    readout: Literal["cloze", "tinymfv"] = "cloze"  # tinymfv suits models of about 1B and up
+    readout: Literal["cloze", "tinymfv", "probe"] | None = None  # default: the trait's own
+    probes: Path | None = None  # JSON of probes, for --readout probe; default: the trait's own
+    think_tokens: runs.AtLeast1 = 64  # tinymfv's thinking before it answers
     vignettes: Path = texts.DATA / "vignettes.json"  # or tinymfv:classic
     n_vignettes: int = 0  # how many, balanced over the foundations; 0 is all
     baselines: bool = True  # also the persona as a prompt, and steering alone at equal trait
@@ -82,8 +91,9 @@ class Config:
     at: runs.WholeFrom0 = 0  # the round that --fork heals again, counted from 0
 
 
-HEALING = ("rank", "alpha", "lora_layers", "reg", "agg", "lam", "tau", "ref", "weight_decay", "lr",
-           "epochs", "batch_size", "rounds", "baselines")  # what a fork may change
+HEALING = ("rank", "alpha", "lora_layers", "reg", "agg", "lam", "lam_power", "tau", "ref",
+           "weight_decay", "lr", "epochs", "batch_size", "rounds", "baselines")
+# what a fork may change
 
 
 # ---- the barrier ---------------------------------------------------------------------------------
@@ -160,10 +170,12 @@ class Diverged(runs.Ended):
     """Training met a value that is not finite; the rounds before are untouched."""
 
 
-def heal_round(model, tok, kept: list[dict], cfg: Config, seed: int) -> dict:
+def heal_round(model, tok, kept: list[dict], cfg: Config, seed: int,
+               reference: list[float] = ()) -> dict:
     """Train the live adapter on the kept data under the barrier; -> the round's log.
 
-    Raises Diverged where a loss or gradient is not finite.
+    reference: history gates of the model that D is measured from, one per folded round; all 0 is
+    the original. Raises Diverged where a loss or gradient is not finite.
     """
     # 1. an eighth is held out, the rest is batched: equal prompts share a batch, and are run once
     pairs = [distil.row_ids(tok, row) for row in kept]
@@ -175,7 +187,7 @@ def heal_round(model, tok, kept: list[dict], cfg: Config, seed: int) -> dict:
 
     # 2. the reference's hidden states, once: they do not change in a round
     references = []
-    with torch.no_grad(), lora.gates(model, history=float(cfg.ref == "prev"), live=0):
+    with torch.no_grad(), lora.gates(model, history=reference or 0, live=0):
         for prompts, completions in batches:
             states = completion_states(model, prompts, completions)
             references.append(states.split([len(c) for c in completions]))
@@ -229,12 +241,14 @@ def main(cfg: Config, loaded=None) -> Path:
     if cfg.lr * cfg.weight_decay >= 1:
         raise ValueError(f"--weight-decay {cfg.weight_decay} is out of range; fix: below 1 / lr")
     # what it reads comes first: a mistake there is told before a folder appears
-    reading = texts.read(cfg.trait, cfg.pos, cfg.neg, cfg.n_contexts, cfg.vignettes,
-                         cfg.n_vignettes)
+    cfg = texts.complete(cfg)
+    reading = texts.read(cfg)
     with runs.begin(cfg, f"{cfg.trait}_{cfg.reg}_{cfg.agg}_s{cfg.seed}", HEALING) as run:
         print(f"{cfg.model}: {cfg.trait}, {cfg.reg} {cfg.agg}, λ {cfg.lam:g}, τ {cfg.tau:g}, "
               f"{cfg.rounds} rounds, seed {cfg.seed} -> {run.folder}", flush=True)
         model, tok = loaded or models.load(cfg.model, cfg.device, cfg.dtype)
+        tok.chat_date = date.fromisoformat(cfg.date)
+        check.quick(model, cfg.model)  # or every number below could be wrong without a word
         lora.attach(model, cfg.rank, cfg.alpha, cfg.lora_layers)
         lora.load(model, [run.folder / f"round_{r}/adapter.safetensors"
                           for r in range(run.rounds_done)])
@@ -251,7 +265,8 @@ def loop(cfg: Config, run: runs.Run, model, tok, reading: texts.Texts) -> None:
     """Round after round on a model that carries the finished ones; all numbers go on record."""
     persona, contexts, layers = reading.persona, reading.contexts, band(model, cfg.steer_layers)
     rules = distil.Rules(cfg.min_words, cfg.max_repetition, cfg.min_diversity, cfg.max_perplexity)
-    measure = functools.partial(evaluate.measure, model, tok, reading, readout=cfg.readout)
+    measure = functools.partial(evaluate.measure, model, tok, reading, readout=cfg.readout,
+                                think_tokens=cfg.think_tokens)
 
     # 0. the original, and the persona as its system prompt
     with lora.gates(model, history=0, live=0):
@@ -274,33 +289,49 @@ def loop(cfg: Config, run: runs.Run, model, tok, reading: texts.Texts) -> None:
                     # 1. steer
                     vector = extract_vector(model, tok, persona, contexts, layers)
                     vector.save(folder / "vector.safetensors")
-                    run.record("extract", r)
+                    doses = cfg.doses
+                    if cfg.dose_nats:
+                        doses = [calibrate(model, tok, vector, reading.dilemmas[:16], nats)
+                                 for nats in cfg.dose_nats]
+                    run.record("extract", r, doses=doses)
                     # 2. distil
                     kept, sampled = distil.collect(
-                        model, tok, vector, reading.dilemmas, persona, rules, cfg.doses, cfg.n_keep,
+                        model, tok, vector, reading.dilemmas, persona, rules, doses, cfg.n_keep,
                         runs.stage_seed(cfg.seed, r, "sample"), folder,
                         max_new_tokens=cfg.max_new_tokens)
                     dose = run.record("distil", r, **distil.summary(kept, sampled))["dose"]
                     run.record("steered", r, **measure(f"steered r{r}", vector=vector, dose=dose))
             # 3. heal
-            log = heal_round(model, tok, kept, cfg, runs.stage_seed(cfg.seed, r, "heal"))
+            reference = reference_gates(cfg.ref, run, r)
+            now = replace(cfg, lam=cfg.lam * (1 + r) ** cfg.lam_power)
+            log = heal_round(model, tok, kept, now, runs.stage_seed(cfg.seed, r, "heal"), reference)
             # 4. loop
             lora.fold(model)
             lora.save(model, folder / "adapter.safetensors")
             # 5. measure
             moved = evaluate.internalised(model, tok, contexts[:64], vector)
-            run.record("heal", r, **log, internalised=moved)
+            run.record("heal", r, **log, reference=reference, internalised=moved)
             with lora.merged(model), lora.gates(model, live=0):
                 run.record("healed", r, **measure(f"healed r{r}"))
 
     # 6. steering alone, nothing trained, at the dose that moves the trait as far as the student
     if cfg.baselines and not run.find("matched", cfg.rounds):
         v0 = SteeringVector.load(run.folder / "round_0/vector.safetensors")
-        wanted = run.find("healed", run.rounds_done - 1)["auth_nats"]
-        known = run.find("distil", 0)["dose"], run.find("steered", 0)["auth_nats"]
+        wanted = run.find("healed", run.rounds_done - 1)[base.axis]
+        known = run.find("distil", 0)["dose"], run.find("steered", 0)[base.axis]
         with lora.gates(model, history=0, live=0):
             event = evaluate.matched_steering(measure, v0, base, wanted, *known)
         run.record("matched", cfg.rounds, **event)
+
+
+def reference_gates(ref: str, run: runs.Run, r: int) -> list[float]:
+    """History gates of the model that round r's D is measured from, one per finished round."""
+    n = {"base": 0, "prev": r}.get(ref)
+    if ref == "good":  # answer mass would call every student coherent, perplexity does not
+        limit = 2 * run.find("base", -1)["perplexity"]
+        good = [k for k in range(r) if run.find("healed", k)["perplexity"] <= limit]
+        n = good[-1] + 1 if good else 0
+    return [1.0] * n + [0.0] * (r - n)
 
 
 if __name__ == "__main__":

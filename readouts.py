@@ -14,16 +14,15 @@ Each readout takes model, tokenizer and vignettes, and returns an `Answers`.
 """
 import contextlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from tqdm import tqdm
-from transformers.cache_utils import Cache
 
-from sampling import RoomyLayer, logits, token_logp
-from steer import NEUTRAL, SteeringVector, chat_text, check_room, left_pad
+from sampling import completion_states, logits, score
+from steer import NEUTRAL, SteeringVector, chat_text
 from texts import FOUNDATIONS, tinymfv_package
 
 CLAUSES = {"Care": " it is cruel and hurts someone",
@@ -33,6 +32,7 @@ CLAUSES = {"Care": " it is cruel and hurts someone",
            "Sanctity": " it is disgusting and unclean",
            "Liberty": " it takes away someone's freedom",
            "SocialNorms": " it is strange and unusual"}
+BECAUSE, ANSWER = "This is wrong because", "Answer: ("  # how the answers are begun
 LETTERS = "ABCDEFG"
 OPTIONS = "Options:\n" + "\n".join(
     f"({letter}){clause}" for letter, clause in zip(LETTERS, CLAUSES.values()))
@@ -44,6 +44,7 @@ class Answers:
     p: np.ndarray  # [vignettes, 7], rows sum to 1, columns as FOUNDATIONS
     mass: np.ndarray  # [vignettes], probability that the answer is one of the allowed ones
     constants: np.ndarray | None = None  # [7] nats, a clause's mean log-probability in the original
+    notes: dict[str, float] = field(default_factory=dict)  # what else the readout says of itself
 
 
 # ---- cloze --------------------------------------------------------------------------------------
@@ -65,98 +66,39 @@ def suffix_ids(tok, before: str, text: str) -> list[int]:
                      "fix: another start of the answer")
 
 
-def opened_answers(model, prompts: list[list[int]], opening: list[int], vector, dose,
-                   batch_size, room: int = 0):
-    """Run the prompts and after each `opening`, the start of the answer, in batches.
-
-    Yields (rows, h, cache, mask, position): the prompts' indices, the final hidden states at the
-    last token [batch, d_model], and what it takes to go on: room more tokens will be run.
-    Padding stands on the left alone, so that a sliding window counts real tokens only.
-    The vector acts from the assistant tag on, as in `sampling.sample`.
-    """
-    opened = [prompt + opening for prompt in prompts]
-    check_room(model, max(map(len, opened)), room)
-    order = sorted(range(len(opened)), key=lambda i: len(opened[i]))  # like lengths share a batch
-    for start in tqdm(range(0, len(order), batch_size), "ask", leave=False, disable=None):
-        rows = order[start:start + batch_size]
-        ids, mask, positions = left_pad([opened[i] for i in rows], model.device)
-        cache = Cache(layer_class_to_replicate=RoomyLayer)
-        from_the_tag = len(opening) + 1
-        with vector.at(model, dose, from_the_tag) if vector else contextlib.nullcontext():
-            out = model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=positions,
-                                      past_key_values=cache, use_cache=True)
-        yield rows, out.last_hidden_state[:, -1], cache, mask, positions[:, -1:]
-
-
-def clause_logp(model, clauses: list[list[int]], h, cache, mask, position, vector,
-                dose) -> torch.Tensor:
-    """Log-probability of each clause after each row of `opened_answers`, [batch, clauses], nats."""
-    batch, n, longest = len(h), len(clauses), max(map(len, clauses))
-    device = h.device
-
-    # 1. the clauses padded on the right, and which of their tokens are real, both [n, longest]
-    padded, is_token = [], []
-    for clause in clauses:
-        pad = [0] * (longest - len(clause))
-        padded.append(clause + pad)
-        is_token.append([1] * len(clause) + pad)
-    ids = torch.tensor(padded, device=device)
-    real = torch.tensor(is_token, device=device)
-
-    # 2. every row of the cache once per clause, and the clauses run after it
-    cache.batch_select_indices(torch.arange(batch, device=device).repeat_interleave(n))
-    tokens = repeat(ids, "n t -> (b n) t", b=batch)
-    is_real = repeat(real, "n t -> (b n) t", b=batch)
-    grown = torch.cat([repeat(mask, "b t -> (b n) t", n=n), is_real], 1)
-    after = repeat(position, "b 1 -> (b n) 1", n=n) + torch.arange(1, longest, device=device)
-    with vector.at(model, dose) if vector else contextlib.nullcontext():
-        out = model.get_decoder()(input_ids=tokens[:, :-1], attention_mask=grown[:, :-1],
-                                  position_ids=after, past_key_values=cache, use_cache=True)
-
-    # 3. the state before each token predicts it: h the first, the clause's own states the others
-    states = torch.cat([repeat(h, "b d -> (b n) 1 d", n=n), out.last_hidden_state], 1)
-    wanted = is_real.bool()  # [batch·n, longest]
-    logp = token_logp(model, states[wanted], tokens[wanted])
-
-    # 4. the tokens of a clause summed
-    row = torch.arange(batch * n, device=device).repeat_interleave(is_real.sum(1))
-    total = torch.zeros(batch * n, device=device).index_add_(0, row, logp)
-    return rearrange(total, "(b n) -> b n", n=n)
-
-
 @torch.no_grad()
 def cloze(model, tok, vignettes: list[dict], constants=None, system: str = NEUTRAL,
           vector: SteeringVector | None = None, dose: float = 0.0, batch_size: int = 28) -> Answers:
     """The small-model readout.
 
     constants: [7] nats, those of the original's Answers; None on the original itself.
+    The vector acts from the assistant tag on, as in `sampling.sample`.
     """
-    def asked(question):  # the rendered prompts
-        return [chat_text(tok, question.format(v["text"]), system) for v in vignettes]
-
-    def ids(texts):
-        return tok(texts, add_special_tokens=False).input_ids
-    raw = np.zeros((len(vignettes), len(FOUNDATIONS)))
-    mass = np.zeros(len(vignettes))
-
-    # 1. how likely each clause is as the reason
-    prompts, opening = asked("{} Why is this wrong?"), "This is wrong because"
-    before = prompts[0]  # they all end in the same assistant tag
-    clauses = [suffix_ids(tok, before + opening, CLAUSES[f]) for f in FOUNDATIONS]
-    opened = opened_answers(model, ids(prompts), suffix_ids(tok, before, opening), vector, dose,
-                            batch_size, room=max(map(len, clauses)))
-    for rows, *state in opened:
-        logp = clause_logp(model, clauses, *state, vector, dose)
-        raw[rows] = logp.double().cpu().numpy()
+    # 1. how likely each clause is as the reason: every vignette with every clause
+    texts = [chat_text(tok, f"{v['text']} Why is this wrong?", system) for v in vignettes]
+    prompts = [tok(text, add_special_tokens=False).input_ids for text in texts]
+    because = suffix_ids(tok, texts[0], BECAUSE)  # all prompts end in the same assistant tag
+    clauses = [suffix_ids(tok, texts[0] + BECAUSE, CLAUSES[f]) for f in FOUNDATIONS]
+    asked = [prompt for prompt in prompts for _ in clauses]  # equal prompts are run once
+    answers = [because + clause for _ in prompts for clause in clauses]
+    scored = score(model, asked, answers, vector, dose, batch_size=len(clauses) * batch_size)
+    raw = [logp[len(because):].double().sum().item() for logp in scored]
+    raw = rearrange(np.array(raw), "(v f) -> v f", f=len(clauses))
 
     # 2. asked for a letter, how much probability falls on the seven
-    prompts, opening = asked(OPTIONS + "\n{} Why is this wrong?"), "Answer: ("
-    before = prompts[0]
-    letters = [suffix_ids(tok, before + opening, letter)[0] for letter in LETTERS]
-    opened = opened_answers(model, ids(prompts), suffix_ids(tok, before, opening), vector, dose,
-                            batch_size)
-    for rows, h, *_ in opened:
-        p = logits(model, h).float().softmax(-1)
+    texts = [chat_text(tok, f"{OPTIONS}\n{v['text']} Why is this wrong?", system)
+             for v in vignettes]
+    prompts = [tok(text, add_special_tokens=False).input_ids for text in texts]
+    answer = suffix_ids(tok, texts[0], ANSWER)
+    letters = [suffix_ids(tok, texts[0] + ANSWER, letter)[0] for letter in LETTERS]
+    mass = np.zeros(len(vignettes))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths in a batch
+    for start in tqdm(range(0, len(order), batch_size), "ask", leave=False, disable=None):
+        rows = order[start:start + batch_size]
+        states = completion_states(model, [prompts[i] for i in rows],
+                                   [answer + letters[:1]] * len(rows), vector, dose)
+        last = rearrange(states, "(b t) d -> b t d", b=len(rows))[:, -1]  # predicts the letter
+        p = logits(model, last).float().softmax(-1)
         mass[rows] = p[:, letters].sum(-1).double().cpu().numpy()
 
     # 3. calibrate and normalise
@@ -166,7 +108,32 @@ def cloze(model, tok, vignettes: list[dict], constants=None, system: str = NEUTR
     return Answers(p / p.sum(1, keepdims=True), mass, constants)
 
 
+# ---- probes -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def probe(model, tok, probes: list[dict], system: str = NEUTRAL,
+          vector: SteeringVector | None = None, dose: float = 0.0) -> np.ndarray:
+    """log p(toward) − log p(away) of each {prompt, toward, away}, [probes], nats.
+
+    Each answer is the sum over its tokens, from the assistant tag on.
+    """
+    asked = [chat_text(tok, p["prompt"], system) for p in probes]
+    prompts = [tok(text, add_special_tokens=False).input_ids for text in asked]
+    sides = []
+    for side in ("toward", "away"):
+        answers = [suffix_ids(tok, text, p[side]) for text, p in zip(asked, probes)]
+        scored = score(model, prompts, answers, vector, dose)
+        sides.append(np.array([logp.double().sum().item() for logp in scored]))
+    toward, away = sides
+    return toward - away
+
+
 # ---- tinymfv ------------------------------------------------------------------------------------
+
+
+NOTES = {"frac_unscorable": "frac_unscorable", "nll_prefill": "mean_nll_prefill",
+         "informedness": "informedness"}  # our name: the package's
 
 
 @contextlib.contextmanager
@@ -204,44 +171,36 @@ def tinymfv_rows(vignettes: list[dict], system: str) -> list[dict]:
 
 def tinymfv(model, tok, vignettes: list[dict], constants=None, system: str = NEUTRAL,
             vector: SteeringVector | None = None, dose: float = 0.0, batch_size: int = 8,
-            max_think_tokens: int = 64) -> Answers:
-    """A forced choice among seven options in both orders, after `max_think_tokens` of thinking.
+            think_tokens: int = 64) -> Answers:
+    """A forced choice among seven options in both orders, after `think_tokens` of thinking.
 
-    github.com/wassname/tinymfv. `constants` are not used. Raises ValueError where the package is
-    missing or a vignette's logits are not finite.
+    github.com/wassname/tinymfv. `constants` are not used. A vignette that the package cannot score,
+    as in a collapse, has mass 0 and an even p. Raises ValueError where the package is missing.
     """
     package = tinymfv_package()
     from loguru import logger  # comes with the package, which logs at every call
-    rows = tinymfv_rows(vignettes, system)
-    p, mass = [], []
     side = tok.padding_side  # the package sets it
 
-    # 1. ask in batches, with the package's log and progress bar silenced
+    # 1. ask, with the package's log and progress bar silenced
     logger.disable(package.__name__)
     steered = steered_after_prompt(model, vector, dose) if vector else contextlib.nullcontext()
     try:
-        with steered:
-            for start in tqdm(range(0, len(rows), batch_size), "ask", leave=False, disable=None):
-                with contextlib.redirect_stderr(io.StringIO()):  # its own progress bar
-                    answer = package.evaluate(
-                        model, tok, vignettes=rows[start:start + batch_size], batch_size=batch_size,
-                        max_think_tokens=max_think_tokens, return_per_row=True, verbose=0)
-                # 2. its columns in our order
-                theirs = list(answer["profile"]["foundation"])
-                columns = [theirs.index(f) for f in FOUNDATIONS]
-                for row in answer["per_row"]:
-                    p.append(row["p"][columns])
-                    mass.append(row["pmass_allowed"])
+        with steered, contextlib.redirect_stderr(io.StringIO()):
+            answer = package.evaluate(
+                model, tok, vignettes=tinymfv_rows(vignettes, system), batch_size=batch_size,
+                max_think_tokens=think_tokens, return_per_row=True, verbose=0)
     finally:
         tok.padding_side = side
         logger.enable(package.__name__)
 
-    # 3. a number that is not finite would go unnoticed into every mean
-    for v, row, m in zip(vignettes, p, mass):
-        if not np.isfinite([*row, m]).all():
-            raise ValueError(f"readout tinymfv cannot score vignette '{v['id']}': the model's "
-                             "logits are not finite; fix: a lower --dose, or --dtype float32")
-    return Answers(np.array(p), np.array(mass))
+    # 2. its columns in our order
+    theirs = list(answer["profile"]["foundation"])
+    columns = [theirs.index(f) for f in FOUNDATIONS]
+    p = np.array([row["p"][columns] for row in answer["per_row"]], dtype=float)
+    mass = np.array([row["pmass_allowed"] for row in answer["per_row"]], dtype=float)
 
-
-READOUTS = {"cloze": cloze, "tinymfv": tinymfv}
+    # 3. what cannot be scored counts as incoherent, and says nothing about the foundations
+    scorable = np.isfinite(p).all(1) & np.isfinite(mass)
+    p[~scorable], mass[~scorable] = 1 / len(FOUNDATIONS), 0.0
+    notes = {name: float(answer[key]) for name, key in NOTES.items() if key in answer}
+    return Answers(p, mass, notes=notes)

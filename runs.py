@@ -18,6 +18,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -86,6 +87,8 @@ AtLeast1 = Annotated[int, Rule(lambda n: n >= 1, "at least 1")]
 AtLeast2 = Annotated[int, Rule(lambda n: n >= 2, "at least 2, one of which is held out")]
 WholeFrom0 = Annotated[int, Rule(lambda n: n >= 0, "0 or more")]
 Seed = Annotated[int, Rule(lambda n: 0 <= n < 2**32, "0 to 4294967295")]
+Day = Annotated[str, Rule(lambda day: re.fullmatch(r"\d{4}-[01]\d-[0-3]\d", day),
+                         "a date such as 2026-01-01")]
 Finite = Annotated[float, Rule(math.isfinite, "a finite number")]
 From0 = Annotated[float, Rule(lambda x: 0 <= x < math.inf, "a number from 0 up")]
 Above0 = Annotated[float, Rule(lambda x: 0 < x < math.inf, "a number above 0")]
@@ -95,6 +98,9 @@ Above0To1 = Annotated[float, Rule(lambda x: 0 < x <= 1, "above 0, at most 1")]
 Rate = Annotated[float, Rule(lambda x: 0 < x < 1, "between 0 and 1, such as 3e-4")]
 Doses = Annotated[tuple[float, ...], Rule(
     lambda doses: len(doses) > 0 and all(map(math.isfinite, doses)), "one finite number or more")]
+DoseNats = Annotated[tuple[float, ...], Rule(
+    lambda nats: len(nats) > 0 and all(0 < x < math.inf for x in nats),
+    "one number above 0 or more, such as 0.5 1")]
 DepthRange = Annotated[tuple[float, float], Rule(
     lambda at: 0 <= at[0] < at[1] <= 1,
     "fractions of the depth, 0 <= from < to <= 1, such as 0.45 0.55")]
@@ -104,9 +110,10 @@ def check_ranges(config) -> None:
     """Raises ValueError for the first field of a dataclass whose value breaks its `Rule`."""
     hints = typing.get_type_hints(type(config), include_extras=True)
     for field in fields(config):
-        value = getattr(config, field.name)
-        for rule in getattr(hints[field.name], "__metadata__", ()):
-            if isinstance(rule, Rule) and not rule.holds(value):
+        value, hint = getattr(config, field.name), hints[field.name]
+        for kind in (hint, *typing.get_args(hint)):  # `Doses | None` has it one level down
+            rule = getattr(kind, "__metadata__", [None])[0]
+            if value is not None and isinstance(rule, Rule) and not rule.holds(value):
                 shown = " ".join(map(str, value)) or "''" if isinstance(value, tuple) else value
                 flag = field.name.replace("_", "-")
                 raise ValueError(f"--{flag} {shown} is out of range; fix: {rule.words}")
@@ -174,10 +181,19 @@ def read_config(config_class, folder: Path):
                          "fix: give the --out of an earlier run")
     try:
         found = json.loads(file.read_text())
-        for name, default in asdict(config_class()).items():
-            if isinstance(default, Path) or name == "model" and (HERE / found[name]).is_dir():
-                found[name] = type(default)(HERE / found[name])
-            elif isinstance(default, tuple):
+        missing = set(settings(config_class())) - set(found)
+        if missing:  # it would silently be the default
+            raise ValueError(f"{file} lacks '{min(missing)}', as of an earlier version of this code; "
+                             "fix: restore it, start a new run, or use that version")
+        for name, hint in typing.get_type_hints(config_class).items():
+            if name in UNRECORDED or found[name] is None:
+                continue
+            kinds = [typing.get_origin(kind) or kind for kind in (hint, *typing.get_args(hint))]
+            if Path in kinds:
+                found[name] = HERE / found[name]
+            elif name == "model" and (HERE / found[name]).is_dir():
+                found[name] = str(HERE / found[name])
+            elif tuple in kinds:
                 found[name] = tuple(found[name])
         return config_class(**found)
     except (json.JSONDecodeError, KeyError, TypeError) as e:
@@ -230,7 +246,6 @@ def read_events(folder: Path) -> list[dict]:
         if event["stage"] == "extract":  # a round's own event
             raise ValueError(f"{folder} was written by an earlier version of this code; "
                              "fix: start a new run, or read it with that version")
-
     if rounds_done(folder) and "base" not in [e["stage"] for e in top]:
         raise ValueError(f"{file} lacks the base evaluation; "
                          "fix: restore the file, or start a new run")

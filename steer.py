@@ -54,8 +54,12 @@ def chat_text(tok, user: str, system: str = NEUTRAL) -> str:
         raise ValueError("empty prompt; fix: give at least one word")
     system = system.strip()  # templates trim it, and it is looked for below
 
-    def render(turns, **how):
-        return tok.apply_chat_template(turns, tokenize=False, enable_thinking=False, **how)
+    how = dict(tokenize=False, enable_thinking=False)
+    if getattr(tok, "chat_date", None):  # a datetime.date: what templates print as today's
+        how["strftime_now"] = tok.chat_date.strftime
+
+    def render(turns, **more):
+        return tok.apply_chat_template(turns, **how, **more)
     turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
     try:
         text = render(turns, add_generation_prompt=True)
@@ -132,8 +136,9 @@ class SteeringVector:
     def at(self, model, dose, last_only: bool | int = False):
         """Within the context, dose · v is added to the output of every block that has a v.
 
-        dose: a float, or a [batch] tensor with one dose per row. last_only: steer the last position
-        of each pass alone, or the last n. Raises ValueError where the vector does not fit the model.
+        dose: a float, or a [batch] tensor, one dose per row, read at each pass. last_only: steer
+        the last position of each pass alone, or the last n.
+        Raises ValueError where the vector does not fit the model.
         """
         blocks, d_model = model.get_decoder().layers, model.config.get_text_config().hidden_size
         width = len(next(iter(self.layers.values())))
@@ -144,9 +149,11 @@ class SteeringVector:
 
         def steer_with(v):
             def hook(block, args, output):
+                nonlocal v
                 h = residual(output)  # [batch, seq, d_model]
+                v = v.to(h.device)  # once: blocks may be on several devices
                 doses = torch.as_tensor(dose, dtype=torch.float32, device=h.device)
-                step = (doses.reshape(-1, 1, 1) * v.to(h.device)).to(h.dtype)  # [batch, 1, d_model]
+                step = (doses.reshape(-1, 1, 1) * v).to(h.dtype)  # [batch, 1, d_model]
                 if last_only:  # True is 1
                     h = torch.cat([h[:, :-last_only], h[:, -last_only:] + step], 1)
                 else:

@@ -1,51 +1,107 @@
-"""Compare arms: every regulariser × aggregation × seed, a run folder each, a table over the seeds.
+"""Compare arms: every combination of regulariser, aggregation, τ, ... × seed, a run folder each.
 
-    python sweep.py --reg nll kl_fwd kl_rev wd --agg mean rmse --seeds 0 1 2 --rounds 2
+    python sweep.py --reg nll kl_rev --agg mean rmse --tau 0.1 0.2 0.4 --seeds 0 1 2 --rounds 4
+    python sweep.py --reg nll --doses 0 1,2 2,4           # an arm a word: placebo; 1 and 2; 2 and 4
+    python sweep.py --executor local --gpus 0 1 2 3       # four runs at once, one GPU each
     python sweep.py --executor slurm --partition gpu --model google/gemma-3-4b-it --readout tinymfv
 
-    interval over n seeds = mean ± t(0.975, n − 1) · standard deviation / √n
-
 Every flag of heal_loop.py works here too and holds for all arms. The same command goes on where it
-stopped: a finished run is not run again. Arms of a seed share round 0 up to its healing: the first
-arm makes it, the others are forks of it. `nll` and `wd` have no divergence, hence no aggregation.
+stopped: a finished run is not run again. Runs that differ only in how they heal share round 0 up to
+its healing: the first of them makes it, the others are forks of it.
+
+When all is run: a record of each run (its numbers, no texts) in results/runs/, and from these the
+table and frontier.png, which `python frontier.py results/runs/sweep` remakes without a model.
 """
+import functools
+import itertools
+import json
 import os
-from concurrent.futures import Future
+import subprocess
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-import numpy as np
-import scipy.stats
+import torch
 import tyro
-from tabulate import tabulate
 
+import evaluate
+import frontier
 import heal_loop
 import lora
 import models
-import plot
 import runs
 import texts
-from evaluate import COHERENCE_FLOOR, coh_cost
+from steer import band, extract_vector
+
+def apart(words: list[str]) -> tuple[float, ...]:
+    """One arm's doses from one word: ["1,2"] -> (1.0, 2.0)."""
+    return tuple(map(float, words[0].split(",")))
+
+
+def together(doses: tuple[float, ...]) -> str:
+    return ",".join(f"{dose:g}" for dose in doses)
+
+
+Together = Annotated[tuple[float, ...], tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1, metavar="X[,X]", instance_from_str=apart,
+    is_instance=lambda value: isinstance(value, tuple),
+    str_from_instance=lambda value: [together(value)])]
 
 
 @dataclass
 class Config:
+    # what arms differ in: every combination is an arm; a list left out is as heal_loop.py has it
     reg: tuple[Literal["nll", "kl_fwd", "kl_rev", "wd"], ...] = ("nll", "kl_fwd", "kl_rev", "wd")
-    """Divergences to compare."""
     agg: tuple[Literal["mean", "rmse", "p95", "max"], ...] = ("mean", "rmse")
-    """Aggregations to compare, for kl_fwd and kl_rev."""
+    doses: tuple[Together, ...] = ()  # one arm's doses joined by commas
+    dose_nats: tuple[Together, ...] = ()  # likewise
+    rank: tuple[int, ...] = ()
+    lam: tuple[float, ...] = ()
+    lam_power: tuple[float, ...] = ()
+    tau: tuple[float, ...] = ()
+    ref: tuple[Literal["base", "prev", "good"], ...] = ()
+    weight_decay: tuple[float, ...] = ()
+    lr: tuple[float, ...] = ()
+    epochs: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)  # one run of every arm each
-    baselines: bool = False  # also measure the baselines in every run
+    # what they are compared with
+    alone: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)  # doses of steering alone; or none
+    baselines: bool = False  # also measure every run's own baselines
+    # where
     out: Path = Path("runs/sweep")  # folder of the run folders
-    table: Path = Path("results/arms.md")  # the comparison
-    executor: Literal["local", "slurm"] = "local"  # one after the other, or a job each by submitit
+    table: Path = Path("results/arms.md")  # the comparison; runs/ and frontier.png go beside it
+    executor: Literal["here", "local", "slurm"] = "here"  # in this process, or jobs by submitit
+    gpus: tuple[int, ...] = ()  # local: the GPUs, one run at a time on each; default: all there are
     partition: str | None = None  # slurm: the partition
-    hours: runs.Above0 = 8.0  # slurm: time limit of one run
+    hours: runs.Above0 = 8.0  # local and slurm: time limit of one run
     run: tyro.conf.Suppress[heal_loop.Config] = field(default_factory=heal_loop.Config)  # the rest
 
 
-# ---- the runs -----------------------------------------------------------------------------------
+# ---- the arms -----------------------------------------------------------------------------------
+
+BARRIER = ("agg", "lam", "lam_power", "tau", "ref")
+IGNORED = {"nll": (*BARRIER, "weight_decay"), "wd": BARRIER,
+           "kl_fwd": ("weight_decay",), "kl_rev": ("weight_decay",)}  # what has no effect
+DOSES = ("doses", "dose_nats")
+VARIED = ("reg", "agg", *DOSES, "rank", "lam", "lam_power", "tau", "ref",
+          "weight_decay", "lr", "epochs")
+SHORT = {"doses": "dose", "dose_nats": "nats", "lam_power": "power", "weight_decay": "decay"}
+
+
+def arm_name(chosen: dict, lists: dict[str, list]) -> str:
+    """Such as kl_rev_rmse_tau0.2: regulariser, aggregation, and what else varies in this sweep."""
+    words = [chosen["reg"]]
+    for name, value in chosen.items():
+        if name in IGNORED[chosen["reg"]] or name == "reg":
+            continue
+        if name == "agg":
+            words.append(value)
+        elif len(lists[name]) > 1:
+            shown = together(value) if name in DOSES else value
+            shown = f"{shown:g}" if isinstance(shown, (int, float)) else shown
+            words.append(SHORT.get(name, name) + shown.replace(",", "+"))
+    return "_".join(words)
 
 
 def arms(cfg: Config) -> dict[str, list[heal_loop.Config]]:
@@ -56,20 +112,29 @@ def arms(cfg: Config) -> dict[str, list[heal_loop.Config]]:
     for name in ("seed", "resume", "fork", "at"):
         if getattr(cfg.run, name) != getattr(heal_loop.Config, name):
             raise ValueError(f"--{name} is a single run's; fix: leave it out, seeds go by --seeds")
-    found = {}
     # dict.fromkeys: what a flag names twice is run once, in the order of the flag
-    for reg in dict.fromkeys(cfg.reg):
-        has_kl = reg.startswith("kl")
-        aggs = dict.fromkeys(cfg.agg) if has_kl else [cfg.run.agg]
-        for agg in aggs:
-            arm = f"{reg}_{agg}" if has_kl else reg
-            found[arm] = []
-            for seed in dict.fromkeys(cfg.seeds):
-                run = replace(cfg.run, reg=reg, agg=agg, seed=seed, baselines=cfg.baselines,
-                              out=cfg.out / f"{arm}_s{seed}")
-                runs.check_ranges(run)
-                found[arm].append(run)
+    lists = {}
+    for name in VARIED:
+        lists[name] = list(dict.fromkeys(getattr(cfg, name) or [getattr(cfg.run, name)]))
+    found = {}
+    for values in itertools.product(*lists.values()):
+        chosen = dict(zip(lists, values))
+        arm = arm_name(chosen, lists)
+        if arm in found:  # differs only in what its regulariser ignores
+            continue
+        found[arm] = []
+        for seed in dict.fromkeys(cfg.seeds):
+            run = replace(cfg.run, **chosen, seed=seed, baselines=cfg.baselines,
+                          out=cfg.out / f"{arm}_s{seed}")
+            runs.check_ranges(run)
+            found[arm].append(texts.complete(run))
     return found
+
+
+def upstream(run: heal_loop.Config) -> str:
+    """All that comes before healing: runs with the same of it share their round 0."""
+    settings = runs.settings(run)
+    return json.dumps({k: v for k, v in settings.items() if k not in heal_loop.HEALING})
 
 
 def is_finished(run: heal_loop.Config) -> bool:
@@ -103,95 +168,141 @@ def run_arm(run: heal_loop.Config, trunk: heal_loop.Config, loaded=None) -> None
             lora.detach(loaded[0])  # the next run gets the plain model
 
 
-class Here:
-    """The executor that runs a job when it is submitted."""
-
-    def submit(self, job, *args) -> Future:
-        future = Future()
-        future.set_result(job(*args))
-        return future
+# ---- what they are compared with ----------------------------------------------------------------
 
 
-def slurm(cfg: Config):
-    """submitit's executor. Raises ValueError where the package or the cluster is missing."""
+def references(cfg: Config, run: heal_loop.Config) -> heal_loop.Config:
+    """The run folder of what is not trained, which no flag of healing changes."""
+    usual = {name: getattr(heal_loop.Config, name) for name in heal_loop.HEALING}
+    return replace(run, **usual, out=cfg.out / "alone")
+
+
+def doses_left(run: heal_loop.Config, doses: tuple[float, ...]) -> list[float]:
+    """The doses that are not on record yet. Raises ValueError for a folder of other settings."""
+    known = []
+    if (run.out / "config.json").exists():
+        runs.refuse_other_settings(run, run.out, fix="another --out, or the old flags")
+        known = [e["dose"] for e in runs.read_events(run.out) if e["stage"] == "alone"]
+    return [dose for dose in dict.fromkeys(doses) if dose not in known]
+
+
+def steer_alone(run: heal_loop.Config, doses: tuple[float, ...], loaded=None) -> None:
+    """The original, with the persona as its prompt, and with its own vector at each dose."""
+    doses = doses_left(run, doses)
+    if not doses:
+        return
+    reading = texts.read(run)
+    if (run.out / "config.json").exists():
+        run = replace(run, resume=run.out)
+    model, tok = loaded or models.load(run.model, run.device, run.dtype)
+    lora.attach(model)  # whose gates, shut, are the original
+    try:
+        with runs.begin(run, "alone") as folder, lora.gates(model, history=0, live=0):
+            measure = functools.partial(evaluate.measure, model, tok, reading,
+                                        readout=run.readout, think_tokens=run.think_tokens)
+            base = folder.find("base", -1) or folder.record("base", -1, **measure("base"))
+            constants = evaluate.Profile.from_dict(base["profile"]).constants
+            measure = functools.partial(measure, constants=constants)
+            if not folder.find("prompted", -1):
+                numbers = measure("prompted", system=reading.persona.pos)
+                folder.record("prompted", -1, **numbers)
+            vector = extract_vector(model, tok, reading.persona, reading.contexts,
+                                    band(model, run.steer_layers))
+            for dose in doses:
+                numbers = measure(f"dose {dose:g}", vector=vector, dose=dose)
+                folder.record("alone", 0, dose=dose, **numbers)
+    finally:
+        lora.detach(model)
+
+
+# ---- where they run -----------------------------------------------------------------------------
+
+
+def check_executor(cfg: Config) -> None:
+    """Raises ValueError where the package, the GPUs or the cluster is missing."""
+    if cfg.executor == "here":
+        return
+    instead = "or --executor here"
     try:
         import submitit
     except ImportError:
-        raise ValueError("--executor slurm needs the package submitit; "
-                         "fix: pip install submitit, or --executor local") from None
+        raise ValueError(f"--executor {cfg.executor} needs the package submitit; "
+                         f"fix: pip install -r requirements-cluster.txt, {instead}") from None
+    if cfg.executor == "local" and not cfg.gpus and not torch.cuda.device_count():
+        raise ValueError("--executor local: no GPU here; "
+                         f"fix: --gpus 0 1 for two runs at once all the same, {instead}")
+    if cfg.executor == "slurm" and submitit.SlurmExecutor.affinity() < 0:
+        raise ValueError("--executor slurm: no srun here; "
+                         f"fix: run it on the cluster's login node, {instead}")
+
+
+def execute(cfg: Config, calls: list) -> None:
+    """Make every call, each with no arguments, and wait until the last is over, well or not."""
+    # jobs import this folder's modules wherever they start
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(runs.HERE), os.environ.get("PYTHONPATH", "")])
+    if cfg.executor == "local":
+        execute_local(cfg, calls)
+    elif cfg.executor == "slurm":
+        execute_slurm(cfg, calls)
+    else:
+        for call in calls:
+            call()
+
+
+def execute_local(cfg: Config, calls: list) -> None:
+    """submitit on this machine: one process at a time on each GPU, which is all that it sees."""
+    import submitit
+    executors = {}
+    for gpu in cfg.gpus or range(torch.cuda.device_count()):
+        executors[gpu] = submitit.LocalExecutor(cfg.out / "jobs")
+        executors[gpu].update_parameters(timeout_min=60 * cfg.hours, gpus_per_node=1,
+                                         visible_gpus=(gpu,))
+    waiting, running = list(calls), {}
     try:
-        executor = submitit.AutoExecutor(folder=cfg.out / "slurm", cluster="slurm")
-    except RuntimeError as e:
-        raise ValueError(f"--executor slurm: {e}; "
-                         "fix: run it on the cluster's login node, or --executor local") from None
-    executor.update_parameters(timeout_min=int(60 * cfg.hours), gpus_per_node=1,
-                               slurm_partition=cfg.partition)
-    return executor
+        while waiting or running:
+            for gpu, executor in executors.items():
+                if gpu in running and running[gpu].done():
+                    del running[gpu]
+                if gpu not in running and waiting:
+                    running[gpu] = executor.submit(waiting.pop(0))
+            time.sleep(0.5)
+    finally:
+        for job in running.values():
+            job.cancel()
 
 
-# ---- the table ----------------------------------------------------------------------------------
+def execute_slurm(cfg: Config, calls: list) -> None:
+    """A job array. Raises ValueError where the cluster refuses it."""
+    import submitit
+
+    # 1. GPUs are asked for where the partition has some
+    partition = ["--partition", cfg.partition] if cfg.partition else []
+    resources = subprocess.run(["sinfo", "--noheader", "--format=%G", *partition],
+                               capture_output=True, text=True).stdout
+    gpus = {"gpus_per_node": 1} if "gpu" in resources and cfg.run.device != "cpu" else {}
+    executor = submitit.SlurmExecutor(cfg.out / "jobs")
+    executor.update_parameters(time=int(60 * cfg.hours), job_name=cfg.out.name,
+                               partition=cfg.partition, **gpus)
+    try:
+        jobs = executor.submit_array(calls)
+    except submitit.core.utils.FailedJobError as e:
+        raise ValueError(f"sbatch refused the jobs: {e}; fix: --partition, --hours") from None
+
+    # 2. until none is in the queue any more: what became of them, the run folders say
+    waiting = {job.job_id for job in jobs}
+    try:
+        while waiting:
+            time.sleep(2)
+            queue = subprocess.run(["squeue", "--noheader", "--me", "--array", "--format=%i"],
+                                   capture_output=True, text=True)
+            if queue.returncode == 0:  # a controller that restarts answers later
+                waiting &= set(queue.stdout.split())
+    finally:
+        if waiting:
+            subprocess.run(["scancel", *sorted(waiting)])
 
 
-def over_seeds(values: list[float], digits: int) -> str:
-    """`mean [low, high]`, the 95 % t-interval over seeds; the mean alone for fewer than three."""
-    mean = np.mean(values)
-    if len(values) < 3:
-        return f"{mean:.{digits}f}"
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
-    return f"{mean:.{digits}f} [{mean - half:.{digits}f}, {mean + half:.{digits}f}]"
-
-
-def arm_row(name: str, pairs: list[tuple[plot.Point, plot.Point]],
-            coherent: list[int]) -> list[str]:
-    """A line of the table from (base, after) of every seed.
-
-    coherent: how many coherent rounds each seed had.
-    """
-    # 1. the price of the trait; where some seed has none, how many and why
-    costs = [coh_cost(base.profile, after.profile) for base, after in pairs]
-    priced = [c.value for c in costs if c.value is not None]
-    why = "; ".join(sorted({c.why for c in costs if c.value is None}))
-    cost = over_seeds(priced, 4) if priced else ""
-    if why:
-        cost += f" ({len(costs) - len(priced)} of {len(costs)} n/a: {why})"
-
-    # 2. each seed against the base of its own run
-    auth, care, coherence = [], [], []
-    for base, after in pairs:
-        auth.append(after.profile.nats("Authority") - base.profile.nats("Authority"))
-        care.append(after.profile.nats("Care") - base.profile.nats("Care"))
-        coherence.append(after.profile.coherence - base.profile.coherence)
-
-    # 3. over the seeds
-    return [name, len(pairs), cost.strip(),
-            over_seeds(auth, 2), over_seeds(care, 2), over_seeds(coherence, 4),
-            over_seeds([after.event["perplexity"] for _, after in pairs], 1),
-            over_seeds([after.event["repetition"] for _, after in pairs], 2),
-            over_seeds(coherent, 1) if coherent else ""]
-
-
-def arm_rows(cfg: Config, by_arm: dict[str, list[heal_loop.Config]]) -> list[list[str]]:
-    """Every arm after its last round, against the base of its own run.
-
-    Above them one line for round 0 steered, before anything is trained.
-    """
-    rows = []
-    for arm, of_arm in by_arm.items():
-        last, coherent, steered = [], [], []
-        for run in of_arm:
-            base, *points = plot.measured(runs.read_events(run.out))
-            steered += [(base, p) for p in points if (p.stage, p.round) == ("steered", 0)]
-            healed = [p for p in points if p.stage == "healed"]
-            # the rounds below the floor: the first of them ends the coherent ones
-            broken = [k for k, p in enumerate(healed) if p.profile.coherence < COHERENCE_FLOOR]
-            if healed:
-                last.append((base, healed[-1]))
-                coherent.append(broken[0] if broken else len(healed))
-        if steered and not rows:
-            rows.append(arm_row("steered r0, untrained", steered, []))
-        if last:
-            rows.append(arm_row(arm, last, coherent))
-    return rows
+# ---- the command --------------------------------------------------------------------------------
 
 
 def flags_of(cfg: Config) -> str:
@@ -199,75 +310,62 @@ def flags_of(cfg: Config) -> str:
     chosen = {"reg": cfg.reg, "agg": cfg.agg, "seeds": cfg.seeds, "rounds": cfg.run.rounds}
     default = runs.settings(heal_loop.Config())
     for name, value in runs.settings(cfg.run).items():
-        if value != default[name] and name not in (*chosen, "seed", "baselines"):
+        if name in DOSES:
+            value = [together(doses) for doses in getattr(cfg, name) or [value] if doses]
+        elif name in VARIED:
+            value = getattr(cfg, name) or value
+        if value and value != default[name] and name not in (*chosen, "seed", "baselines"):
             chosen[name] = value
     words = []
     for name, value in chosen.items():
         value = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
         words.append(f"--{name.replace('_', '-')} {value}")
-    return " ".join(words)
-
-
-def report(cfg: Config, by_arm: dict[str, list[heal_loop.Config]]) -> str:
-    """arms.md."""
-    every = [run for of_arm in by_arm.values() for run in of_arm]
-    base = plot.measured(runs.read_events(every[0].out))[0]
-    device = models.best_device() if cfg.run.device == "auto" else cfg.run.device
-    head = ["arm", "seeds", "coh_cost", "Δauth (nats)", "Δcare (nats)", "Δcoherence", "perplexity",
-            "repetition", f"coherent rounds of {cfg.run.rounds}"]
-    table = tabulate(arm_rows(cfg, by_arm), head, tablefmt="github", disable_numparse=True)
-
-    # what ended early, below the table
-    early = ""
-    for run in every:
-        for e in runs.read_events(run.out):
-            if e["stage"] == "ended":
-                early += f"- {run.out.name}, round {e['round']}: {e['why']}\n"
-    if early:
-        early = f"\nRuns that ended early:\n\n{early}"
-
-    machine = f"{os.cpu_count()} cores, {device}"
-    return f"""# Arms
-
-`python sweep.py {flags_of(cfg)}` · {machine} · {len(base.profile.ids)} vignettes
-
-After the last round, against the base of the same run: mean over seeds, in brackets, from three
-seeds on, the 95 % t-interval over seeds (the interval over vignettes within one run is in that
-run's report). coh_cost = |Δcoherence| / |Δauth|, without value below coherence {COHERENCE_FLOOR} or
-where the trait hardly moved. Perplexity under the original and repetition of greedy completions of
-held-out prompts; the base has {base.event["perplexity"]:.1f} and {base.event["repetition"]:.2f}.
-Coherent rounds: how many before coherence first fell below {COHERENCE_FLOOR}.
-
-{table}
-{early}"""
+    return " ".join(words + ["--baselines"] * cfg.baselines)
 
 
 def main(cfg: Config) -> None:
     # 1. what is to be run, checked before a folder appears
     by_arm = arms(cfg)
     every = [run for of_arm in by_arm.values() for run in of_arm]
-    texts.read(cfg.run.trait, cfg.run.pos, cfg.run.neg, cfg.run.n_contexts, cfg.run.vignettes,
-               cfg.run.n_vignettes)
+    alone = references(cfg, every[0])
+    texts.read(every[0])
+    check_executor(cfg)
     todo = [run for run in every if not is_finished(run)]
-    here = cfg.executor == "local"
-    executor = Here() if here else slurm(cfg)
+    to_steer = doses_left(alone, cfg.alone)
     print(f"{len(every)} runs in {cfg.out}, {len(todo)} to do", flush=True)
     loaded = None  # here, one model for all runs
-    if here and todo:
+    if cfg.executor == "here" and (todo or to_steer):
         loaded = models.load(cfg.run.model, cfg.run.device, cfg.run.dtype)
 
-    # 2. the first arm, and then the others, which fork from it
-    first = next(iter(by_arm.values()))
-    others = every[len(first):]
-    trunk = {run.seed: run for run in first}
+    # 2. first what others fork from, then these
+    trunks = {}
+    for run in every:
+        trunks.setdefault(upstream(run), run)
+    first = [run for run in todo if trunks[upstream(run)] is run]
+    others = [run for run in todo if trunks[upstream(run)] is not run]
     for wave in (first, others):
-        jobs = [executor.submit(run_arm, run, trunk[run.seed], loaded) for run in wave]
-        for job in jobs:
-            job.result()
+        calls = [functools.partial(run_arm, run, trunks[upstream(run)], loaded) for run in wave]
+        if to_steer and wave is first:
+            calls.insert(0, functools.partial(steer_alone, alone, cfg.alone, loaded))
+        if calls:
+            execute(cfg, calls)
+    cut = [run.out.name for run in every if not is_finished(run)]
+    cut += [alone.out.name] if doses_left(alone, cfg.alone) else []
+    if cut:
+        raise ValueError(f"{len(cut)} runs did not finish: {' '.join(cut)}; fix: read their logs "
+                         f"in {cfg.out / 'jobs'}, then the same command goes on")
 
-    # 3. the table
-    cfg.table.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_text(cfg.table, report(cfg, by_arm))
+    # 3. the records, and the page that is made from them
+    folder = cfg.table.parent / "runs" / cfg.out.name
+    records = []
+    for arm, of_arm in by_arm.items():
+        for run in of_arm:
+            records.append(frontier.record(run.out, arm=arm, command=flags_of(cfg)))
+    if cfg.alone:
+        records.append(frontier.record(alone.out, arm="alone", command=flags_of(cfg)))
+    for record in records:
+        frontier.save(record, folder)
+    frontier.draw(records, cfg.table)
     print(cfg.table.read_text())
 
 

@@ -1,6 +1,7 @@
-"""What a model is given to read, from data/ and checked: personas, contexts, prompts, vignettes.
+"""What a model is given to read, from data/ and checked: traits, contexts, prompts, vignettes.
 
-    given = texts.read("care")     # a mistake in any file is told here, before a run begins
+    config = texts.complete(config)    # what no flag says is as the trait has it
+    given = texts.read(config)         # a mistake in any file is told here, before a run begins
     given.persona, given.contexts, given.dilemmas, given.heldout, given.vignettes
 
 Vignettes carry the moral foundation that their violation is of. They come from a JSON file, or from
@@ -9,7 +10,7 @@ tinymfv:scifi and tinymfv:ai-actor.
 """
 import importlib.util
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from steer import Persona
@@ -43,34 +44,74 @@ def load_strings(path, key: str) -> list[str]:
     return strings
 
 
-# ---- personas -----------------------------------------------------------------------------------
+# ---- traits -------------------------------------------------------------------------------------
 
 
-def load_personas() -> dict[str, Persona]:
-    """{trait: Persona} of data/personas.json. Raises ValueError where it is malformed."""
+@dataclass
+class Trait:
+    """A persona pair, and how it is measured and trained if no flag says otherwise."""
+    persona: Persona
+    readout: str = "cloze"  # one of cloze, tinymfv, probe
+    axis: str = "auth_nats"  # the number that is the trait; probe_nats under the readout probe
+    direction: str = "down"  # where more of the trait is: down or up
+    probes: str | None = None  # file of the trait's own probes, beside personas.json
+    prompts: str = "prompts.json"  # file of the prompts to sample on and to be measured on
+    doses: tuple[float, ...] = (1.0, 2.0)  # of the sampled completions
+
+
+def load_traits() -> dict[str, Trait]:
+    """{name: Trait} of data/personas.json. Raises ValueError where it is malformed."""
     path = DATA / "personas.json"
-    shape = '{name: {"pos": "...", "neg": "..."}}'
-    pairs = read_json(path, "personas", shape)
+    shape = '{name: {"pos": "...", "neg": "...", "axis": "auth_nats", ...}}'
+    entries = read_json(path, "personas", shape)
     try:
-        return {name: Persona(pair["pos"], pair["neg"]) for name, pair in pairs.items()}
-    except (KeyError, TypeError, AttributeError) as e:
+        traits = {}
+        for name, entry in entries.items():
+            about = dict(entry)
+            persona = Persona(about.pop("pos"), about.pop("neg"))
+            traits[name] = Trait(persona, **about)
+        return traits
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise ValueError(f"{path} is malformed ({e}); fix: {{\"personas\": {shape}}}") from None
 
 
-def find_persona(trait: str, pos: str | None = None, neg: str | None = None) -> Persona:
-    """The pair of --pos and --neg where they are given, else that of the trait.
+def find_trait(name: str, pos: str | None = None, neg: str | None = None) -> Trait:
+    """The trait of that name; with --pos and --neg a trait of those, measured as nothing else says.
 
     Raises ValueError for an unknown name or half a pair.
     """
     if (pos is None) != (neg is None):
         raise ValueError("--pos and --neg go together; fix: give both")
-    known = load_personas()
     if pos is not None:
-        return Persona(pos, neg)
-    if trait not in known:
-        raise ValueError(f"unknown trait '{trait}'; "
+        return Trait(Persona(pos, neg))
+    known = load_traits()
+    if name not in known:
+        raise ValueError(f"unknown trait '{name}'; "
                          f"fix: one of {', '.join(known)}, or --pos and --neg")
-    return known[trait]
+    return known[name]
+
+
+def load_probes(path) -> tuple[list[dict], list[dict]]:
+    """[{prompt, toward, away}] of a JSON file's "probes", and of its "controls" if it has some.
+
+    Probes ask for the trait, controls for what should stay as it is: toward is the right answer.
+    Raises FileNotFoundError, or ValueError naming file and entry.
+    """
+    shape = '[{"prompt", "toward", "away"}, ...]'
+    probes = read_json(path, "probes", shape)
+    controls = json.loads(Path(path).read_text()).get("controls", [])
+    for key, entries in (("probes", probes), ("controls", controls)):
+        if not isinstance(entries, list) or key == "probes" and not entries:
+            raise ValueError(f"{path}: '{key}' is not a list with entries; "
+                             f"fix: {{\"{key}\": {shape}}}")
+        for k, probe in enumerate(entries, 1):
+            is_whole = isinstance(probe, dict) and all(
+                isinstance(probe.get(part), str) and probe[part].strip()
+                for part in ("prompt", "toward", "away"))
+            if not is_whole or probe["toward"] == probe["away"]:
+                raise ValueError(f"{path}: entry {k} of '{key}' is {str(probe)[:80]}; "
+                                 "fix: give it a prompt and two different answers, toward and away")
+    return probes, controls
 
 
 # ---- vignettes ----------------------------------------------------------------------------------
@@ -164,18 +205,52 @@ def tinymfv_vignettes(name: str) -> list[dict]:
 class Texts:
     """Everything one run reads."""
     persona: Persona
+    axis: str  # the number that is the trait, such as auth_nats
+    direction: str  # where more of it is: down or up
     contexts: list[str]  # everyday user messages, over which the steering vector is averaged
     dilemmas: list[str]  # the prompts that training data is sampled on
     heldout: list[str]  # the prompts that a model answers when it is measured
+    plain: list[str]  # plain prose, on which a model's own loss is measured
     vignettes: list[dict]  # the moral violations it is asked about
+    probes: list[dict]  # {prompt, toward, away} of the trait, under the readout probe
+    controls: list[dict]  # the same for what should stay as it is
 
 
-def read(trait: str, pos: str | None = None, neg: str | None = None, n_contexts: int = 128,
-         vignettes=DATA / "vignettes.json", n_vignettes: int = 0) -> Texts:
-    """Read and check everything at once, before a run begins. Raises as the functions above."""
+def complete(config):
+    """The config with what its flags left open (None) as its trait has it; -> a new one."""
+    trait = find_trait(config.trait, getattr(config, "pos", None), getattr(config, "neg", None))
+    usual = {"readout": "probe" if getattr(config, "probes", None) else trait.readout,
+             "probes": trait.probes and DATA / trait.probes,
+             "prompts": DATA / trait.prompts, "doses": trait.doses}
+    open_fields = {name: value for name, value in usual.items()
+                   if getattr(config, name, 0) is None}
+    return replace(config, **open_fields)
+
+
+def read(config) -> Texts:
+    """Read and check everything at once, before a run begins. Raises as the functions above.
+
+    config: of heal_loop, distil or evaluate; what it has no flag for is as usual.
+    """
+    asked = {"pos": None, "neg": None, "n_contexts": None, "readout": "cloze", "probes": None,
+             "prompts": DATA / "prompts.json", "vignettes": DATA / "vignettes.json",
+             "n_vignettes": 0} | vars(complete(config))
+    trait = find_trait(asked["trait"], asked["pos"], asked["neg"])
+    axis, direction = trait.axis, trait.direction
+    probes, controls = [], []
+    if asked["readout"] == "probe":
+        if not asked["probes"]:
+            raise ValueError(f"--readout probe needs probes, and '{asked['trait']}' has none of "
+                             "its own; fix: --probes FILE")
+        probes, controls = load_probes(asked["probes"])
+        axis, direction = "probe_nats", "up"
+    elif axis == "probe_nats":  # the trait's own axis needs its probes
+        axis, direction = "auth_nats", "down"
     return Texts(
-        persona=find_persona(trait, pos, neg),
-        contexts=load_strings(DATA / "contexts.json", "contexts")[:n_contexts],
-        dilemmas=load_strings(DATA / "prompts.json", "dilemmas"),
-        heldout=load_strings(DATA / "prompts.json", "heldout"),
-        vignettes=load_vignettes(vignettes, n_vignettes))
+        trait.persona, axis, direction,
+        contexts=load_strings(DATA / "contexts.json", "contexts")[:asked["n_contexts"]],
+        dilemmas=load_strings(asked["prompts"], "dilemmas"),
+        heldout=load_strings(asked["prompts"], "heldout"),
+        plain=load_strings(DATA / "plain.json", "texts")[:12],
+        vignettes=load_vignettes(asked["vignettes"], asked["n_vignettes"]),
+        probes=probes, controls=controls)

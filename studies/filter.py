@@ -7,11 +7,9 @@
 
     python -m studies.filter       # results/filter.md; about 2 min
 
-The labels stand in tests/data/labelled.jsonl. Thresholds are chosen on one half of the completions
-and reported on the other.
+Thresholds and the signal are chosen on tests/data/labelled.jsonl and reported on fresh.jsonl beside
+it, milder doses sampled later, which two readers labelled without knowledge of each other.
 """
-import hashlib
-import itertools
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +18,6 @@ from typing import Literal
 
 import numpy as np
 import scipy.stats
-import torch
 from tqdm import tqdm
 
 import distil
@@ -29,17 +26,18 @@ import models
 import runs
 import texts
 from distil import Rules
-from sampling import perplexity, repetition, score
-from steer import NEUTRAL, Persona
+from sampling import perplexity, repetition, score, worst_perplexity
+from steer import NEUTRAL
 from studies.readout import markdown, proportion, ran_on
 
 LABELLED = runs.HERE / "tests" / "data" / "labelled.jsonl"
+FRESH = runs.HERE / "tests" / "data" / "fresh.jsonl"
+LABELS = ("fluent", "coherent", "enacts", "narrates")
 DEFAULT = Rules()
+BEFORE = Rules(min_words=8, max_repetition=0.2, min_diversity=0.7, max_perplexity=16)
 NO_RULES = Rules(min_words=0, max_repetition=1, min_diversity=0, max_perplexity=math.inf)
-GRID = [Rules(DEFAULT.min_words, *thresholds) for thresholds in itertools.product(
-    (0.2, 0.35, 0.5),  # max_repetition
-    (0.4, 0.5, 0.6, 0.7),  # min_diversity
-    (8, 10, 12, 14, 16, 18, 20, 25, 30, 40, 60))]  # max_perplexity
+GRID = [replace(DEFAULT, max_perplexity=most)
+        for most in (8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20, 25, 30, 40, 60)]
 
 
 @dataclass
@@ -53,12 +51,13 @@ class Config:
 # ---- the labelled completions --------------------------------------------------------------------
 
 
-def judged(model, tok, labelled: list[dict], personas: dict[str, Persona]) -> list[dict]:
+def judged(model, tok, labelled: list[dict]) -> list[dict]:
     """The rows with `persona`, and with `ppl`, `verdict` and `logp` [tokens] under the model."""
     found = []
-    traits = list(dict.fromkeys(row["trait"] for row in labelled))
-    for trait in tqdm(traits, "judge", leave=False, disable=None):
-        persona, of_trait = personas[trait], [row for row in labelled if row["trait"] == trait]
+    names = list(dict.fromkeys(row["trait"] for row in labelled))
+    for name in tqdm(names, "judge", leave=False, disable=None):
+        persona = texts.find_trait(name).persona
+        of_trait = [row for row in labelled if row["trait"] == name]
         # 1. as rows of distil
         data = []
         for row in of_trait:
@@ -78,9 +77,16 @@ def judged(model, tok, labelled: list[dict], personas: dict[str, Persona]) -> li
     return found
 
 
-def in_second_half(text: str) -> bool:
-    """A split that no order of the rows can change."""
-    return hashlib.sha256(text.encode()).digest()[0] % 2 == 1
+def as_read_by(rows: list[dict], reader: int) -> list[dict]:
+    """Rows that two readers labelled, with the labels of one of them."""
+    return [{**row, **{label: row[label][reader] for label in LABELS}} for row in rows]
+
+
+def agreement(rows: list[dict], label: str) -> float:
+    """Cohen's kappa of the two readers: 1 is full agreement, 0 that of chance."""
+    a, b = np.array([row[label] for row in rows]).T
+    chance = a.mean() * b.mean() + (1 - a.mean()) * (1 - b.mean())
+    return ((a == b).mean() - chance) / (1 - chance)
 
 
 def is_wanted(row: dict) -> bool:
@@ -106,20 +112,23 @@ def f1(rows: list[dict], rules: Rules) -> float:
     return 2 * both / (kept + wanted)
 
 
-def threshold_table(halves: dict[str, list[dict]], chosen: Rules) -> str:
-    """Precision, recall and F1 of some sets of rules, on either half."""
-    compared = {"no thresholds": NO_RULES, "default": DEFAULT}
+def threshold_table(sets: dict[str, list[dict]], chosen: Rules) -> str:
+    """Precision, recall and F1 of some rules on every set of labels."""
+    compared = {"no thresholds": (NO_RULES, None), "shipped": (DEFAULT, None)}
     if chosen != DEFAULT:
-        compared["chosen on the first half"] = chosen
+        compared["chosen here"] = (chosen, None)
+    compared["before: last quarter <= 16"] = (BEFORE, "perplexity, last quarter")
     table = []
-    for name, rules in compared.items():
-        for half, rows in halves.items():
+    for name, (rules, signal) in compared.items():
+        for about, rows in sets.items():
+            if signal:  # what the rule on perplexity looks at
+                rows = [{**row, "ppl": signals(row)[signal]} for row in rows]
             both, kept, wanted = count(rows, rules)
             fluent = [row for row in rows if row["fluent"] and not row["narrates"]]
             kept_fluent = sum(is_kept(row, rules) for row in fluent)
-            table.append([name, half, proportion(both, kept), proportion(both, wanted),
+            table.append([name, about, proportion(both, kept), proportion(both, wanted),
                           f"{f1(rows, rules):.2f}", proportion(kept_fluent, kept)])
-    return markdown(table, ["thresholds", "on", "precision", "recall", "F1",
+    return markdown(table, ["thresholds", "labels", "precision", "recall", "F1",
                             "kept that are fluent and do not narrate"])
 
 
@@ -148,7 +157,7 @@ def dose_table(rows: list[dict]) -> str:
     for dose in sorted({row["dose"] for row in rows}):
         at_dose = [row for row in rows if row["dose"] == dose]
         labels = [sum(row[label] for row in at_dose)
-                  for label in ("fluent", "coherent", "enacts", "narrates")]
+                  for label in LABELS]
         kept = [row for row in at_dose if row["verdict"] == "kept"]
         table.append([f"{dose:g}", len(at_dose), *labels, len(kept), sum(map(is_wanted, kept))])
     return markdown(table, ["dose", "n", "fluent", "coherent", "enacts", "narrates",
@@ -158,19 +167,13 @@ def dose_table(rows: list[dict]) -> str:
 # ---- what else could rank them -------------------------------------------------------------------
 
 
-def worst_stretch(logp: torch.Tensor, n: int = 24) -> float:
-    """Perplexity of the n tokens in a row that are least likely; of all where there are fewer."""
-    stretches = logp.unfold(0, min(n, len(logp)), 1)  # [starts, n]
-    return max(perplexity(stretch) for stretch in stretches)
-
-
 def signals(row: dict) -> dict[str, float]:
     """Each should be higher the worse a completion is."""
     text, logp = row["text"], row["logp"]
     return {"perplexity, last quarter": perplexity(logp, 0.25),
             "perplexity, last half": perplexity(logp, 0.5),
             "perplexity, whole": perplexity(logp),
-            "perplexity, worst 24 tokens in a row": worst_stretch(logp),
+            "perplexity, worst 24 tokens in a row": worst_perplexity(logp, 24),
             "repetition": repetition(text),
             "lack of diversity": -distil.diversity(text)}
 
@@ -185,14 +188,17 @@ def auc(signal: list[float], good: list[bool]) -> float:
     return u / ((~is_good).sum() * is_good.sum())
 
 
-def signal_table(rows: list[dict]) -> str:
-    wanted, fluent = [is_wanted(row) for row in rows], [row["fluent"] for row in rows]
-    by_row = [signals(row) for row in rows]
-    table = []
-    for name in by_row[0]:
-        signal = [of_row[name] for of_row in by_row]
-        table.append([name, f"{auc(signal, wanted):.2f}", f"{auc(signal, fluent):.2f}"])
-    return markdown(table, ["signal", "coherent and not narrating", "fluent"])
+def signal_table(sets: dict[str, list[dict]]) -> str:
+    """The AUC of every signal on every set of labels."""
+    head, columns = ["signal"], []
+    for about, rows in sets.items():
+        by_row = [signals(row) for row in rows]
+        for what, good in (("coherent", [is_wanted(row) for row in rows]),
+                           ("fluent", [row["fluent"] for row in rows])):
+            head.append(f"{what}, {about}")
+            columns.append([f"{auc([s[name] for s in by_row], good):.2f}" for name in by_row[0]])
+    names = list(signals(next(iter(sets.values()))[0]))
+    return markdown([[name, *numbers] for name, *numbers in zip(names, *columns)], head)
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -202,61 +208,71 @@ def in_words(rules: Rules) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in asdict(rules).items())
 
 
-def page(rows: list[dict], about: str) -> str:
-    """filter.md. about: what was run on what."""
-    first = [row for row in rows if not in_second_half(row["text"])]
-    second = [row for row in rows if in_second_half(row["text"])]
-    chosen = max(GRID, key=lambda rules: f1(first, rules))
-    by_trait = ", ".join(f"{n} {trait}" for trait, n in Counter(r["trait"] for r in rows).items())
+def page(old: list[dict], fresh: list[dict], about: str) -> str:
+    """filter.md. old, fresh: judged rows; about: what was run on what."""
+    sets = {"old": old, "fresh, reader 1": as_read_by(fresh, 0),
+            "fresh, reader 2": as_read_by(fresh, 1)}
+    chosen = max(GRID, key=lambda rules: f1(old, rules))
+    by_trait = ", ".join(f"{n} {trait}" for trait, n in Counter(r["trait"] for r in old).items())
     defaults = "these are the defaults" if chosen == DEFAULT else f"defaults: {in_words(DEFAULT)}"
-    thresholds = threshold_table({"first half": first, "second half": second}, chosen)
+    kappa = ", ".join(f"{label} {agreement(fresh, label):.2f}" for label in LABELS)
+    wanted = ", ".join(f"{sum(map(is_wanted, rows))} of {len(rows)} ({name})"
+                       for name, rows in sets.items())
     return f"""# The filter on labelled completions
 
 `python -m studies.filter` · {about}
 
-{len(rows)} steered completions of the embedded model ({by_trait}; at most 64 tokens, \
-`distil.sample_doses` on the dilemmas of data/prompts.json) in tests/data/labelled.jsonl, \
-each read and labelled by one reader who saw prompt and text
-but not dose, perplexity or verdict:
+Old: {len(old)} steered completions of the embedded model ({by_trait}; at most 64 tokens, \
+`distil.sample_doses`) in tests/data/labelled.jsonl, read by one reader.
+Fresh: {len(fresh)} more, at milder doses, in tests/data/fresh.jsonl, read by two others (Cohen's \
+kappa: {kappa}).
+All saw prompt and text but not dose, perplexity or verdict:
 
 - fluent: every sentence is English that parses, and follows from the one before
 - coherent: fluent, and makes sense as a reply to its prompt (the criterion of Betley et al. 2025, \
 arXiv 2502.17424); naive advice counts
 - enacts: acts the trait out. narrates: talks about having it instead
 
-The filter should keep a completion if and only if it is coherent and does not narrate: \
-{sum(map(is_wanted, rows))} of {len(rows)}. Narration is rare here
-({sum(row["narrates"] for row in rows)} of {len(rows)}), so the narrates rule is hardly tested. \
+The filter should keep a completion if and only if it is coherent and does not narrate: {wanted}.
+The fresh readers were stricter than the first: compare rules within a column, not columns.
 Brackets: Wilson's 95 % interval.
-
-{dose_table(rows)}
-
-## Overall
-
-Halves by a hash of the text ({len(first)} and {len(second)}). Thresholds with the largest F1 on \
-the first half: {in_words(chosen)};
-{defaults}. The numbers to quote are those of the second half.
-
-{thresholds}
-
-## Each rule alone, all rows
-
-{rule_table(rows)}
 
 ## Which signal ranks bad above good?
 
 Area under the ROC curve, 0.5 is chance:
 
-{signal_table(rows)}
+{signal_table(sets)}
+
+## The rules together
+
+The signal and its threshold are those with the largest F1 on the old completions, the other
+rules as they were: {in_words(chosen)}; {defaults}. The numbers to quote are those of the fresh
+ones.
+
+{threshold_table(sets, chosen)}
+
+## Each rule alone, old completions
+
+{rule_table(old)}
+
+## By dose
+
+Old:
+
+{dose_table(old)}
+
+Fresh, reader 2:
+
+{dose_table(sets["fresh, reader 2"])}
 """
 
 
 def main(cfg: Config) -> None:
-    labelled, personas = runs.read_jsonl(LABELLED), texts.load_personas()
     model, tok = models.load(cfg.model, cfg.device, cfg.dtype)
     lora.attach(model)  # distil.judge asks the original, with the gates shut
     cfg.out.mkdir(parents=True, exist_ok=True)
-    text = page(judged(model, tok, labelled, personas), ran_on(model))
+    old, fresh = (judged(model, tok, runs.read_jsonl(file)) for file in (LABELLED, FRESH))
+    text = page(old, fresh, ran_on(model))
     runs.write_text(cfg.out / "filter.md", text)
     print(text)
 

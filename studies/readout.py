@@ -30,9 +30,9 @@ import lora
 import models
 import runs
 import texts
-from evaluate import Estimate, Profile, delta_coherence, delta_nats, evaluate
-from plot import GREEN, GREY, RED, show, whiskers
-from readouts import steered_after_prompt
+from evaluate import NATS, Estimate, Profile, delta
+from plot import GREEN, GREY, RED, show
+from readouts import Answers, cloze, steered_after_prompt, tinymfv
 from steer import SteeringVector, band, extract_vector
 from texts import FOUNDATIONS
 
@@ -75,6 +75,11 @@ def proportion(k: int, n: int) -> str:
 
 
 # ---- the profile on fewer vignettes --------------------------------------------------------------
+
+
+def profile_of(answers: Answers, vignettes: list[dict]) -> Profile:
+    return Profile([v["id"] for v in vignettes], [v["foundation"] for v in vignettes],
+                   answers.p, answers.mass, answers.constants)
 
 
 def constants_of(base: Profile, rows) -> np.ndarray:
@@ -187,10 +192,11 @@ def responses(model, tok, vignettes: list[dict], base: Profile,
         if dose == 0:
             found[trait][0] = Response(base, zero, zero, zero)
             continue
-        after = evaluate(model, tok, vignettes, constants=base.constants, vector=vectors[trait],
-                         dose=dose)
-        found[trait][dose] = Response(after, delta_nats("Authority", base, after),
-                                      delta_nats("Care", base, after), delta_coherence(base, after))
+        answers = cloze(model, tok, vignettes, base.constants, vector=vectors[trait], dose=dose)
+        after = profile_of(answers, vignettes)
+        found[trait][dose] = Response(after, delta("auth_nats", base, after),
+                                      delta("care_nats", base, after),
+                                      delta("coherence", base, after))
     return found
 
 
@@ -201,8 +207,9 @@ def dose_table(found: Responses) -> str:
             deltas = ["", "", ""]  # none at dose 0, which is the base
             if dose:
                 deltas = [show(auth), show(care), show(coherence, 4)]
-            rows.append([trait, dose, f"{after.auth_nats:.2f}", deltas[0], f"{after.care_nats:.2f}",
-                         deltas[1], f"{after.coherence:.4f}", deltas[2]])
+            rows.append([trait, dose, f"{after.value('auth_nats'):.2f}", deltas[0],
+                         f"{after.value('care_nats'):.2f}", deltas[1],
+                         f"{after.coherence:.4f}", deltas[2]])
     return markdown(rows, ["trait", "dose", "auth", "Δauth (nats)", "care", "Δcare (nats)",
                            "coherence", "Δcoherence"])
 
@@ -211,8 +218,8 @@ def correlation_table(found: Responses) -> str:
     rows = []
     for trait, by_dose in found.items():
         row = [trait]
-        for name in ("auth_nats", "care_nats", "coherence"):
-            values = [getattr(response.profile, name) for response in by_dose.values()]
+        for number in ("auth_nats", "care_nats", "coherence"):
+            values = [response.profile.value(number) for response in by_dose.values()]
             row.append(f"{scipy.stats.spearmanr(list(by_dose), values).statistic:+.2f}")
         rows.append(row)
     return markdown(rows, ["trait", "auth", "care", "coherence"])
@@ -228,13 +235,13 @@ def top1_of_halves(base: Profile) -> list[list[float]]:
     return [[recalibrated(base, rows, c).top1 for c in constants] for rows in both]
 
 
-def deltas_of_halves(base: Profile, after: list[Profile], foundation: str) -> np.ndarray:
-    """Δ log mean p[foundation] on either half, under its own constants: [profiles, 2], nats."""
+def deltas_of_halves(base: Profile, after: list[Profile], number: str) -> np.ndarray:
+    """Δ of a number on either half, under the half's own constants: [profiles, 2], nats."""
     columns = []
     for rows in halves(base):
         constants = constants_of(base, rows)
-        before = recalibrated(base, rows, constants).nats(foundation)
-        columns.append([recalibrated(profile, rows, constants).nats(foundation) - before
+        before = recalibrated(base, rows, constants).value(number)
+        columns.append([recalibrated(profile, rows, constants).value(number) - before
                         for profile in after])
     return np.array(columns).T
 
@@ -243,13 +250,13 @@ def halves_table(base: Profile, found: Responses) -> str:
     rows = []
     for trait, by_dose in found.items():
         steered = [response.profile for dose, response in by_dose.items() if dose]
-        for foundation in ("Authority", "Care"):
-            delta = deltas_of_halves(base, steered, foundation)
-            first, second = delta.T
+        for foundation, number in (("Authority", "auth_nats"), ("Care", "care_nats")):
+            deltas = deltas_of_halves(base, steered, number)
+            first, second = deltas.T
             same_sign = (np.sign(first) == np.sign(second)).sum()
             rows.append([trait, foundation, f"{np.corrcoef(first, second)[0, 1]:.3f}",
-                         f"{np.abs(first - second).mean():.2f}", f"{same_sign} of {len(delta)}",
-                         f"{np.abs(delta).mean():.2f}"])
+                         f"{np.abs(first - second).mean():.2f}", f"{same_sign} of {len(deltas)}",
+                         f"{np.abs(deltas).mean():.2f}"])
     return markdown(rows, ["trait", "foundation", "Pearson r",
                            "mean difference of the halves (nats)", "same sign",
                            "mean size of the delta (nats)"])
@@ -269,10 +276,10 @@ def has_package() -> bool:
 def package_row(name: str, model, tok, vignettes, vector: SteeringVector | None = None,
                 dose: float = 0.0) -> list[str]:
     """Our Profile of the model as it stands, and how far the package's own result is from it."""
-    # 1. ours, a few vignettes at a time
-    ours = evaluate(model, tok, vignettes, "tinymfv", vector=vector, dose=dose)
+    # 1. ours, on rows made from the vignettes
+    ours = profile_of(tinymfv(model, tok, vignettes, vector=vector, dose=dose), vignettes)
 
-    # 2. theirs, in one call on rows of their own
+    # 2. theirs, on rows of their own
     package, side = texts.tinymfv_package(), tok.padding_side
     own = {row["id"]: row for row in package.load_vignettes("classic")}
     own_rows = [own[v["id"]] for v in vignettes]
@@ -282,12 +289,13 @@ def package_row(name: str, model, tok, vignettes, vector: SteeringVector | None 
     tok.padding_side = side  # the package sets it
 
     # 3. how far apart
-    mean_p = zip(theirs["profile"]["foundation"], theirs["profile"]["model"])
-    nats = max(abs(ours.nats(foundation) - np.log(p)) for foundation, p in mean_p)
+    mean_p = dict(zip(theirs["profile"]["foundation"], theirs["profile"]["model"]))
+    nats = max(abs(ours.value(number) - np.log(mean_p[f])) for f, number in zip(FOUNDATIONS, NATS))
     coherence = abs(ours.coherence - theirs["mean_pmass_allowed"])
     top1 = abs(ours.top1 - theirs["top1_acc"])
-    return [name, f"{ours.auth_nats:.3f}", f"{ours.care_nats:.3f}", f"{ours.coherence:.4f}",
-            f"{ours.top1:.2f}", f"{nats:.1e}", f"{coherence:.1e}", f"{top1:.1e}"]
+    return [name, f"{ours.value('auth_nats'):.3f}", f"{ours.value('care_nats'):.3f}",
+            f"{ours.coherence:.4f}", f"{ours.top1:.2f}", f"{nats:.1e}", f"{coherence:.1e}",
+            f"{top1:.1e}"]
 
 
 def package_table(model, tok, care: SteeringVector, adapter: tuple[Path, ...]) -> str:
@@ -327,9 +335,10 @@ def draw_response(axis, found: Responses, name: str) -> None:
     for k, (trait, by_dose) in enumerate(found.items()):
         shift = 0.08 * (k - (len(found) - 1) / 2)  # else their whiskers cover each other
         estimates = [getattr(response, name) for response in by_dose.values()]
-        axis.errorbar([dose + shift for dose in by_dose], [e.value for e in estimates],
-                      whiskers(estimates), color=COLOURS[k % len(COLOURS)], marker="o",
-                      markersize=4, linewidth=1.2, capsize=2, label=trait)
+        whiskers = [[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]]
+        axis.errorbar([dose + shift for dose in by_dose], [e.value for e in estimates], whiskers,
+                      color=COLOURS[k % len(COLOURS)], marker="o", markersize=4, linewidth=1.2,
+                      capsize=2, label=trait)
     axis.axhline(0, color="#999999", linewidth=0.6)
 
 
@@ -409,7 +418,7 @@ def main(cfg: Config) -> None:
     vignettes = texts.load_vignettes(cfg.vignettes, cfg.n_vignettes)
     check_every_foundation(vignettes, cfg.vignettes)
     contexts = texts.load_strings(texts.DATA / "contexts.json", "contexts")[:cfg.n_contexts]
-    personas = texts.load_personas()
+    traits = texts.load_traits()
     if cfg.adapter and not has_package():
         raise ValueError("--adapter is for the comparison with the package tinymfv, which is not "
                          "installed; fix: pip install -r requirements-tinymfv.txt, or no --adapter")
@@ -418,10 +427,10 @@ def main(cfg: Config) -> None:
 
     # 2. measure
     layers = band(model, (0.45, 0.55))
-    vectors = {trait: extract_vector(model, tok, persona, contexts, layers)
-               for trait, persona in personas.items()}
+    vectors = {name: extract_vector(model, tok, trait.persona, contexts, layers)
+               for name, trait in traits.items()}
     package = package_table(model, tok, vectors["care"], cfg.adapter)
-    base = evaluate(model, tok, vignettes)
+    base = profile_of(cloze(model, tok, vignettes), vignettes)
     found = responses(model, tok, vignettes, base, vectors)
     agreed = agreement(base, cfg.seed)
 

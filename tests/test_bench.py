@@ -12,7 +12,7 @@ from readouts import CLAUSES, cloze
 from sampling import completion_states, sample
 from steer import SteeringVector, extract_vector
 from studies import bench
-from texts import FOUNDATIONS, load_personas, load_vignettes
+from texts import FOUNDATIONS, load_traits, load_vignettes
 
 
 def rows(n=4):
@@ -156,7 +156,7 @@ def test_one_forward_per_clause_gives_the_cloze_scores(embedded):
 def test_one_prompt_at_a_time_gives_the_same_vector(embedded):
     model, tok = embedded
     contexts = ["Hello there.", "What should I cook tonight, and for how many people?"]
-    given = model, tok, load_personas()["care"], contexts, [3, 5]
+    given = model, tok, load_traits()["care"].persona, contexts, [3, 5]
     ours, theirs = extract_vector(*given), bench.prompt_by_prompt(*given)
     for l in (3, 5):
         torch.testing.assert_close(ours.layers[l], theirs[l], rtol=1e-3, atol=1e-4)
@@ -172,8 +172,8 @@ def test_a_twin_shares_weights_but_neither_adapters_nor_hooks(ids):
     lora.attach(other, rank=4)
     for m in lora.adapters(other).values():
         torch.nn.init.normal_(m.B)
-    mine, theirs = (m.get_decoder().layers[2].mlp.up_proj.weight for m in (model, other))
-    assert theirs is mine
+    mine, theirs = (m.get_decoder().layers[2].mlp.up_proj for m in (model, other))
+    assert theirs.base.weight is mine.weight
     assert torch.equal(model(input_ids=ids).logits, before)
     assert not torch.allclose(other(input_ids=ids).logits, before)
 

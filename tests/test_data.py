@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+import heal_loop
 import readouts
 import texts
 from texts import FOUNDATIONS, load_vignettes
@@ -41,21 +42,64 @@ def test_the_first_n_vignettes_are_balanced_for_any_n():
         assert found == VIGNETTES[:n]
 
 
+def read(trait):
+    return texts.read(heal_loop.Config(trait=trait))
+
+
 def test_contexts_prompts_and_personas_are_there_and_apart():
-    reading = texts.read("care")
+    reading = read("care")
     contexts = texts.load_strings(texts.DATA / "contexts.json", "contexts")
     assert len(contexts) >= 128 and reading.contexts == contexts[:128]
-    assert len(reading.dilemmas) >= 40 and len(reading.heldout) >= 8
-    everything = contexts + reading.dilemmas + reading.heldout
+    everything = list(contexts)
+    for file in ("prompts.json", "prompts_love.json"):
+        pool = [texts.load_strings(texts.DATA / file, key) for key in ("dilemmas", "heldout")]
+        assert len(pool[0]) >= 40 and len(pool[1]) >= 8
+        everything += sum(pool, [])
     assert len(set(everything)) == len(everything)
     assert reading.vignettes == VIGNETTES
-    assert {"care", "authority", "love"} <= set(texts.load_personas())
+    assert {"care", "authority", "love"} <= set(texts.load_traits())
 
 
-@pytest.mark.parametrize("trait", sorted(texts.load_personas()))
-def test_every_trait_is_two_different_texts(trait):
-    persona = texts.find_persona(trait)
-    assert persona.pos.strip() and persona.neg.strip() and persona.pos != persona.neg
+@pytest.mark.parametrize("name", sorted(texts.load_traits()))
+def test_every_trait_is_two_different_texts_and_can_be_measured(name):
+    trait, reading = texts.load_traits()[name], read(name)
+    pos, neg = trait.persona.pos, trait.persona.neg
+    assert pos.strip() and neg.strip() and pos != neg
+    assert (reading.axis, reading.direction) == (trait.axis, trait.direction)
+    assert (reading.axis == "probe_nats") == bool(reading.probes)
+
+
+def content_words(text):
+    """The words of a text that carry its meaning, cut to five letters: love, loves, loved."""
+    short = "a an and any are at be but by for from have how i in is it me my no not of on one or "
+    short += "so that the them they this to us what who will with you your like were was had has "
+    short += "do does did been them than then there their when which would could can all its it's "
+    short += "as at if only say state plainly openly without own very whole always never"
+    return {w[:5] for w in re.findall(r"[a-z']+", text.lower())} - {w[:5] for w in short.split()}
+
+
+def test_probes_of_love_share_no_content_word_with_its_personas_nor_their_prompts_with_training():
+    reading = read("love")
+    persona = content_words(reading.persona.pos) | content_words(reading.persona.neg)
+    for probe in reading.probes:
+        shared = content_words(" ".join(probe.values())) & persona
+        assert not shared, (probe, shared)
+    trained_on = set(reading.dilemmas) | set(reading.contexts) | set(reading.heldout)
+    assert not trained_on & {p["prompt"] for p in reading.probes + reading.controls}
+    assert len(reading.probes) >= 20 and len(reading.controls) >= 8
+
+
+def test_what_flags_leave_open_is_as_the_trait_has_it_and_flags_win():
+    love = texts.complete(heal_loop.Config(trait="love"))
+    trait = texts.load_traits()["love"]
+    assert (love.readout, love.doses) == ("probe", trait.doses)
+    assert love.probes.name == "love.json" and love.prompts.name == "prompts_love.json"
+    mine = texts.complete(heal_loop.Config(trait="love", doses=(3.0,), readout="cloze"))
+    assert (mine.doses, mine.readout) == ((3.0,), "cloze")
+    assert texts.read(mine).axis == "auth_nats", "cloze has no probes"
+    assert texts.complete(love) == love
+    own = texts.complete(heal_loop.Config(pos="a", neg="b", probes=love.probes))
+    assert own.readout == "probe" and texts.read(own).direction == "up"
 
 
 def test_every_data_file_says_where_it_comes_from():

@@ -11,7 +11,7 @@ import lora
 import runs
 from conftest import tiny
 from distil import Rules, collect, judge, recites, row_ids, summary, verdict
-from sampling import perplexity, sample, score
+from sampling import perplexity, worst_perplexity, sample, score
 from steer import NEUTRAL, Persona, chat_ids
 from test_lora import of_every_architecture
 
@@ -73,8 +73,8 @@ def test_each_rule_fires_on_an_example_and_spares_its_near_miss(rule, dropped, s
 
 
 def test_perplexity_drops_above_its_threshold_and_at_no_number():
-    assert verdict(PROSE, 16.0, PERSONA, Rules()) == "kept"
-    for ppl in (16.1, math.inf, math.nan):
+    assert verdict(PROSE, 15.0, PERSONA, Rules()) == "kept"
+    for ppl in (15.1, math.inf, math.nan):
         assert verdict(PROSE, ppl, PERSONA, Rules()) == "perplexity"
 
 
@@ -87,8 +87,8 @@ def test_a_broken_tail_is_seen_that_the_whole_texts_perplexity_hides(embedded):
     broken = good[:-6] + tok(" proteins harbor violet seven until whose").input_ids
     lp_good, lp_broken = score(model, [prompt] * 2, [good, broken])
     most = Rules().max_perplexity
-    assert perplexity(lp_broken) < most < perplexity(lp_broken, tail=0.25)
-    assert perplexity(lp_good, tail=0.25) < most
+    assert perplexity(lp_broken) < most < worst_perplexity(lp_broken)
+    assert worst_perplexity(lp_good) < most
 
 
 def test_reciting_means_five_words_in_a_row_of_either_persona():
@@ -134,7 +134,7 @@ def test_verdicts_are_deterministic_and_do_not_depend_on_the_order(name, embedde
         assert again["perplexity"] == (ppl and pytest.approx(ppl, rel=1e-3))
 
 
-def test_perplexity_is_of_the_last_quarter_under_the_original_whatever_the_student_became(embedded):
+def test_perplexity_is_of_the_worst_window_under_the_original_whatever_the_student_became(embedded):
     tok = embedded[1]
     model = tiny("llama", vocab_size=49152, max_position_embeddings=512, initializer_range=0.5)
     rows = [{"messages": chat("Is it kind?", PROSE), "finished": True}]
@@ -147,8 +147,9 @@ def test_perplexity_is_of_the_last_quarter_under_the_original_whatever_the_stude
     assert not torch.allclose(score(model, [prompt], [completion])[0], logp)
     with lora.merged(model):
         judged, = judge(model, tok, rows, PERSONA, Rules())
-    expected = math.exp(-logp[-(len(completion) // 4):].mean())
-    assert judged["perplexity"] == pytest.approx(expected, rel=1e-4)
+    windows = [logp[k:k + 24].mean().item() for k in range(len(completion) - 23)]
+    expected = math.exp(-min(windows))
+    assert len(windows) > 1 and judged["perplexity"] == pytest.approx(expected, rel=1e-4)
 
 
 @settings(max_examples=25, deadline=None)

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 # each floor may import those below it, and nothing of its own but what ALSO says
-FLOORS = [["sweep", "export", "chat", "walkthrough", "studies"], ["heal_loop", "plot"],
+FLOORS = [["sweep", "export", "chat", "walkthrough", "studies"], ["heal_loop", "plot", "frontier"],
           ["distil", "evaluate", "check"], ["readouts"], ["sampling", "texts"],
           ["steer", "lora", "models", "runs"]]
 ALSO = {("heal_loop", "plot"), ("steer", "models"), ("steer", "runs")}

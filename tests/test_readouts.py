@@ -11,6 +11,7 @@ import lora
 import readouts
 import texts
 from conftest import tiny
+from evaluate import NATS
 from readouts import cloze, tinymfv
 from steer import NEUTRAL, SteeringVector, chat_ids
 from texts import FOUNDATIONS, load_vignettes
@@ -133,7 +134,8 @@ class FakePackage(types.ModuleType):
         self.rows += rows
         mean_p = np.mean([row["p"] for row in rows], axis=0)
         return {"profile": pandas.DataFrame({"foundation": self.columns, "model": mean_p}),
-                "per_row": rows}
+                "per_row": rows, "mean_nll_prefill": 1.5, "informedness": 0.25,
+                "frac_unscorable": len(self.broken) / len(rows)}
 
     def load_vignettes(self, name):
         humans = {f"human_{f}": 90.0 if f == "SocialNorms" else 1.0 for f in FOUNDATIONS}
@@ -173,14 +175,14 @@ def test_our_vignettes_reach_the_package_with_their_label_as_the_human_one(fake,
         assert [f for f in FOUNDATIONS if row[f"human_{f}"]] == [v["foundation"]]
 
 
-def test_padding_side_is_restored_and_a_vignette_that_cannot_be_scored_is_an_error(fake, vignettes):
+def test_padding_side_is_restored_and_what_cannot_be_scored_counts_as_incoherent(fake, vignettes):
     tok = PaddedRight()
-    tinymfv(None, tok, vignettes)
-    assert tok.padding_side == "right"
     fake.broken = (vignettes[3]["id"],)
-    with pytest.raises(ValueError, match=f"'{vignettes[3]['id']}'.*not finite; fix"):
-        tinymfv(None, tok, vignettes)
+    got = tinymfv(None, tok, vignettes)
     assert tok.padding_side == "right"
+    assert got.mass[3] == 0 and np.allclose(got.p[3], 1 / 7)
+    assert np.isfinite(got.p).all() and (np.delete(got.mass, 3) > 0).all()
+    assert got.notes == {"frac_unscorable": 0.1, "nll_prefill": 1.5, "informedness": 0.25}
 
 
 def test_vignettes_of_the_package_are_read_by_name(fake):
@@ -226,18 +228,20 @@ def test_the_profile_is_the_packages_own_result(which, source, state, small, emb
                 m.B.data = 0.02 * torch.randn(m.B.shape, generator=g)
             lora.fold(model)
         how = dict(vector=vector, dose=1.0) if state == "steered" else {}
-        ours = evaluate.evaluate(model, tok, vs, "tinymfv", max_think_tokens=think, **how)
+        given = texts.Texts(*[None] * 7, vs, [], [])
+        ours = evaluate.evaluate(model, tok, given, "tinymfv", think_tokens=think, **how)
         assert tok.padding_side == "right"
         with readouts.steered_after_prompt(model, vector, dose):
             theirs = package.evaluate(
                 model, tok, vignettes=packages_rows(package, vs, source), max_think_tokens=think,
                 return_per_row=True, verbose=0)
         for f, mean_p in zip(theirs["profile"]["foundation"], theirs["profile"]["model"]):
-            assert abs(ours.nats(f) - np.log(mean_p)) < 1e-6
+            assert abs(ours.value(NATS[FOUNDATIONS.index(f)]) - np.log(mean_p)) < 1e-6
+        assert ours.notes["informedness"] == pytest.approx(theirs["informedness"])
         assert abs(ours.coherence - theirs["mean_pmass_allowed"]) < 1e-6
         assert abs(ours.top1 - theirs["top1_acc"]) < 1e-6
         with lora.gates(model, 0, 0):
-            plain = evaluate.evaluate(model, tok, vs, "tinymfv", max_think_tokens=think)
+            plain = evaluate.evaluate(model, tok, given, "tinymfv", think_tokens=think)
         changed = np.abs(plain.p - ours.p).max() > 1e-4
         assert changed == (state != "base"), "the state must show"
     finally:

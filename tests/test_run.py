@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import evaluate
@@ -186,10 +187,11 @@ runs.cli(heal_loop.Config, heal_loop.main)
 
 
 def test_model_text_is_escaped_in_the_report(tmp_path):
-    profile = {"ids": ["a", "b"], "labels": ["Care", "Authority"], "p": [[1 / 7] * 7] * 2,
-               "mass": [0.9, 0.95], "constants": None}
-    event = {"stage": "base", "round": -1, "perplexity": 2.0, "repetition": 0.1, "profile": profile,
-             "texts": [{"prompt": "<img src=x>", "text": "<script>alert(1)</script>"}]}
+    profile = evaluate.Profile(["a", "b"], ["Care", "Authority"], np.full((2, 7), 1 / 7),
+                               np.array([0.9, 0.95]))
+    said = evaluate.Speech(2.0, 0.0, 0.0, 0.1, 3.0,
+                           [{"prompt": "<img src=x>", "text": "<script>alert(1)</script>"}])
+    event = {"stage": "base", "round": -1, **vars(said), "profile": profile.to_dict()}
     (tmp_path / "events.jsonl").write_text(json.dumps(event) + "\n")
     (tmp_path / "config.json").write_text(json.dumps(runs.settings(heal_loop.Config())))
     plot.main(plot.Config(tmp_path))
@@ -220,3 +222,71 @@ def test_every_command_says_what_its_flags_mean():
         config = re.search(r"class Config:\n(.*?)\n\n\n|class Config:\n(.*?)\n\n    def", source, re.S)[0]
         for field in re.findall(r"^ +\w+: .* = .*$|^ +\w+: [^=\n]*$", config, re.M):
             assert "#" in field or f'{field.split(":")[0].strip()}: tuple[Literal' in field, field
+
+
+# ---- the settings that only some runs use -------------------------------------------------------
+
+
+class Recorded:
+    """A run of which only the numbers are there."""
+
+    def __init__(self, base, *healed):
+        self.numbers = {("base", -1): base, **{("healed", r): x for r, x in enumerate(healed)}}
+
+    def find(self, stage, round):
+        return {"perplexity": self.numbers[stage, round]}
+
+
+def test_the_reference_is_the_original_the_previous_or_the_newest_coherent_student():
+    run = Recorded(4.0, 5.0, 8.0, 8.1)  # coherent: at most twice the original's perplexity
+    assert heal_loop.reference_gates("base", run, 3) == [0, 0, 0]
+    assert heal_loop.reference_gates("prev", run, 3) == [1, 1, 1]
+    assert heal_loop.reference_gates("good", run, 3) == [1, 1, 0]
+    assert heal_loop.reference_gates("good", run, 2) == [1, 1]
+    assert heal_loop.reference_gates("good", Recorded(4.0, 9.0), 1) == [0]
+    assert heal_loop.reference_gates("good", run, 0) == []
+
+
+def test_a_trait_nobody_thought_of_is_run_measured_and_drawn_on_its_own_probes(
+        tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "COHERENCE_FLOOR", 0.0)
+    probes = tmp_path / "mine.json"
+    probes.write_text(json.dumps({"source": "this test", "probes": [
+        {"prompt": "What do you see?", "toward": "The sea.", "away": "A wall."},
+        {"prompt": "Where to?", "toward": "To the shore.", "away": "To the office."}]}))
+    out = tmp_path / "run"
+    command(monkeypatch, "heal_loop", *flags(tiny_folder), "--pos", "You love the sea.", "--neg",
+            "You hate the sea.", "--probes", probes, "--dose-nats", 1e-4, "--ref", "good",
+            "--lam-power", -0.5, "--out", out)
+    said = capsys.readouterr().out
+    assert "Δprobes (nats)" in said and "probe_nats" in said
+    doses = [e["doses"] for e in runs.read_events(out) if e["stage"] == "extract"]
+    assert len(doses) == 1 and len(doses[0]) == 1 and doses[0][0] not in (1.0, 2.0)
+    healed = [e for e in runs.read_events(out) if e["stage"] == "healed"]
+    assert healed[0]["profile"]["axis"] == "probe_nats" and len(healed[0]["profile"]["probes"]) == 2
+    for page in ("report.html", "map.html"):
+        assert "probes (nats" in (out / page).read_text()
+
+
+@pytest.mark.parametrize("content, says", [
+    ('{"probes": []}', "'probes' is not a list with entries"),
+    ('{"probes": [{"prompt": "a", "toward": "b"}]}', "entry 1 of 'probes'"),
+    ('{"probes": [{"prompt": "a", "toward": "b", "away": "b"}]}', "two different answers"),
+    ('{"probes": [{"prompt": "a", "toward": "b", "away": "c"}], "controls": [3]}',
+     "entry 1 of 'controls' is 3"),
+    ('{"probes": ', "malformed"), ('{}', "malformed"), (None, "no file")])
+def test_probes_that_are_not_whole_are_named_before_a_folder_appears(
+        content, says, tmp_path, monkeypatch, capsys):
+    if content is not None:
+        (tmp_path / "p.json").write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        command(monkeypatch, "heal_loop", "--probes", tmp_path / "p.json", "--out", tmp_path / "run")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and says in said and "p.json" in said and "fix:" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_readout_probe_without_probes_names_the_flag(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "heal_loop", "--readout", "probe", "--out", tmp_path / "run")
+    assert "'care' has none of its own; fix: --probes FILE" in capsys.readouterr().err

@@ -11,7 +11,8 @@ import models
 import steer
 from conftest import ROOT, Ids, python, tiny
 from sampling import sample
-from steer import NEUTRAL, Persona, SteeringVector, band, chat_ids, extract_vector, left_pad
+from steer import (NEUTRAL, Persona, SteeringVector, band, calibrate, chat_ids, extract_vector,
+                   left_pad)
 
 
 def vector(model, layers=(1, 2), size=1.0):
@@ -248,3 +249,32 @@ def test_a_file_copied_alone_imports_and_what_its_docstring_shows_runs(tmp_path)
                   cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "ignore a crying customer" in done.stdout
+
+
+# ---- the dose -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nats", [0.1, 1.0])
+def test_the_calibrated_dose_moves_the_first_tokens_by_as_many_nats(nats, embedded):
+    model = tiny("llama", vocab_size=49152, max_position_embeddings=512, initializer_range=0.5)
+    tok = embedded[1]
+    vector = SteeringVector({2: torch.randn(32, generator=torch.Generator().manual_seed(1))})
+    prompts, n = ["Is it kind?", "What should I do about my boss and the rain?"], 6
+    dose = calibrate(model, tok, vector, prompts, nats, tokens=n)
+    kl = []
+    for prompt in prompts:  # one unpadded prompt at a time, the answer greedy and unsteered
+        ids = torch.tensor([chat_ids(tok, prompt)])
+        for _ in range(n):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        plain = model(ids).logits[0, -n - 1:-1].log_softmax(-1)
+        with vector.at(model, dose, last_only=n + 1):
+            steered = model(ids).logits[0, -n - 1:-1].log_softmax(-1)
+        kl.append((steered.exp() * (steered - plain)).sum(-1))
+    assert torch.cat(kl).quantile(0.95).item() == pytest.approx(nats, rel=0.1)
+    assert not model.model.layers[2]._forward_hooks
+
+
+def test_a_vector_that_moves_nothing_has_no_dose(embedded):
+    model = tiny("llama", vocab_size=49152, max_position_embeddings=512)
+    with pytest.raises(ValueError, match="no dose up to 1024 moves the next token by 1.0 nats; fix"):
+        calibrate(model, embedded[1], SteeringVector({2: torch.zeros(32)}), ["Hi."], 1.0, tokens=2)

@@ -9,13 +9,14 @@ import runs
 import texts
 from conftest import command, python, tiny
 from distil import Rules
-from evaluate import evaluate
+from evaluate import Profile
+from readouts import cloze
 from steer import Persona
 from studies import filter as filter_study
 from studies import readout
-from test_evaluate import random_profile
 from texts import FOUNDATIONS, load_vignettes
 
+FRESH = runs.read_jsonl(filter_study.FRESH)
 ROWS = runs.read_jsonl(filter_study.LABELLED)
 
 
@@ -23,10 +24,9 @@ ROWS = runs.read_jsonl(filter_study.LABELLED)
 
 
 def labelled_profile(n, seed):
-    profile = random_profile(n, seed)
-    profile.labels = [FOUNDATIONS[i % 7] for i in range(n)]
-    profile.constants = np.random.default_rng(seed).normal(size=7)
-    return profile
+    rng = np.random.default_rng(seed)
+    p, labels = rng.dirichlet(np.ones(7), size=n), [FOUNDATIONS[i % 7] for i in range(n)]
+    return Profile([f"v{i}" for i in range(n)], labels, p, np.ones(n), rng.normal(size=7))
 
 
 @torch.no_grad()
@@ -34,8 +34,9 @@ def test_constants_of_a_draw_are_those_the_readout_gives_on_the_draw_alone(embed
     model = tiny("llama", vocab_size=49152, max_position_embeddings=1024, pad_token_id=2)
     tok, rows = embedded[1], np.array([0, 3, 5, 8, 12])
     vignettes = load_vignettes(texts.DATA / "vignettes.json", 14)
-    whole = evaluate(model, tok, vignettes)
-    alone = evaluate(model, tok, [vignettes[i] for i in rows])
+    drawn = [vignettes[i] for i in rows]
+    whole = readout.profile_of(cloze(model, tok, vignettes), vignettes)
+    alone = readout.profile_of(cloze(model, tok, drawn), drawn)
     again = readout.recalibrated(whole, rows, readout.constants_of(whole, rows))
     np.testing.assert_allclose(again.p, alone.p, atol=1e-5)
     assert np.abs(whole.p[rows] - alone.p).max() > 5e-4, "other constants must show"
@@ -114,10 +115,21 @@ def test_the_labelled_completions_are_many_distinct_and_complete():
         assert row["fluent"] or not row["coherent"], row["text"]
 
 
-def test_the_split_is_by_text_alone_and_about_even():
-    second = [filter_study.in_second_half(row["text"]) for row in ROWS]
-    assert 0.4 < np.mean(second) < 0.6
-    assert second[::-1] == [filter_study.in_second_half(row["text"]) for row in ROWS[::-1]]
+def test_the_fresh_completions_are_others_and_were_read_twice():
+    assert len(FRESH) >= 100
+    assert not {row["text"] for row in FRESH} & {row["text"] for row in ROWS}
+    assert np.mean([row["dose"] <= 1.5 for row in FRESH]) > 0.5, "mild doses above all"
+    for reader in (0, 1):
+        for row in filter_study.as_read_by(FRESH, reader):
+            assert isinstance(row["fluent"], bool) and (row["fluent"] or not row["coherent"])
+
+
+def test_kappa_is_one_for_the_same_labels_and_nought_for_chance():
+    same = [{"x": [a, a]} for a in (True, False, True)]
+    chance = [{"x": [a, b]} for a in (True, False) for b in (True, False)]
+    assert filter_study.agreement(same, "x") == 1
+    assert filter_study.agreement(chance, "x") == 0
+    assert filter_study.agreement(chance[:3], "x") == pytest.approx((1 / 3 - 5 / 9) / (4 / 9))
 
 
 def test_precision_and_recall_count_what_is_kept_and_what_is_wanted():
@@ -142,5 +154,5 @@ def test_the_filter_study_writes_its_page(tiny_folder, tmp_path):
     done = python("-m", "studies.filter", "--model", tiny_folder, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     said = (tmp_path / "filter.md").read_text()
-    assert said.strip() == done.stdout.strip() and "| default " in said
+    assert said.strip() == done.stdout.strip() and "| shipped " in said
     assert str(tmp_path) not in said and str(tiny_folder) not in said
