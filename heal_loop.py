@@ -214,8 +214,8 @@ def heal_round(model, tok, kept: list[dict], cfg: Config, seed: int,
                 stats = heal_step(model, *batches[b], references[b], cfg, diagnose=k == 0)
                 stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
                 if not all(map(math.isfinite, stats.values())):
-                    raise Diverged(f"loss or gradient not finite at step {len(log) + 1} of {steps}, "
-                                   f"{stats}, on '{tok.decode(batches[b][1][0])[:60]}'; "
+                    raise Diverged("loss or gradient not finite at step "
+                                   f"{len(log) + 1} of {steps}, {stats}, on '{tok.decode(batches[b][1][0])[:60]}'; "
                                    "fix: lower --lr or --dtype float32")
                 optimizer.step()
                 schedule.step()

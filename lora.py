@@ -235,7 +235,8 @@ def fingerprint(model) -> str:
     for name, m in adapters(model).items():
         w = m.base.weight.detach().flatten()
         sample = w[:: max(1, len(w) // 4096)].to(torch.bfloat16).contiguous().view(torch.int16)
-        digest.update(f"{name}{tuple(m.base.weight.shape)}".encode() + sample.cpu().numpy().tobytes())
+        digest.update(f"{name}{tuple(m.base.weight.shape)}".encode())
+        digest.update(sample.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

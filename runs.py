@@ -183,7 +183,7 @@ def read_config(config_class, folder: Path):
         found = json.loads(file.read_text())
         missing = set(settings(config_class())) - set(found)
         if missing:  # it would silently be the default
-            raise ValueError(f"{file} lacks '{min(missing)}', as of an earlier version of this code; "
+            raise ValueError(f"{file} lacks '{min(missing)}', as of an earlier version; "
                              "fix: restore it, start a new run, or use that version")
         for name, hint in typing.get_type_hints(config_class).items():
             if name in UNRECORDED or found[name] is None:
