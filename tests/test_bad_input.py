@@ -368,7 +368,8 @@ CARE, TEXT = "Care", "She kicked the dog."
 LONG = "why " * 600
 POLES = ["--pos", "You care.", "--neg"]
 T5 = transformers.T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
-GPT2 = transformers.GPT2Config(vocab_size=49152, n_embd=16, n_layer=2, n_head=2)
+MAMBA = transformers.MambaConfig(vocab_size=49152, hidden_size=16, state_size=4,
+                                 num_hidden_layers=2)
 UP = "layers.2.mlp.up_proj.A"
 ADAPTER, VECTOR = "round_0/adapter.safetensors", "round_0/vector.safetensors"
 
@@ -492,7 +493,8 @@ CASES = {  # what is wrong: (the command, what the line must say)
     "resume broken settings": (
         lambda w: resume(w.of(write, "config.json", "{")), "config.json malformed"),
     "resume without a setting": (
-        lambda w: resume(w.of(forget, "config.json", "lam")), "config.json malformed 'lam'"),
+        lambda w: resume(w.of(forget, "config.json", "lam")),
+        "config.json 'lam' earlier version"),
     "resume a broken log": (
         lambda w: resume(w.of(break_line, "events.jsonl", 1)), "run/events.jsonl line 1"),
     "resume a round's broken log": (
@@ -577,7 +579,8 @@ CASES = {  # what is wrong: (the command, what the line must say)
     "export a vector of no round": (
         lambda w: export(w.run, "--to", "gguf", "--round", 7),
         "round_7/vector.safetensors --round 0 to 1"),
-    "export a vector of no run": (lambda w: export(w.tmp, "--to", "gguf"), "config.json run folder"),
+    "export a vector of no run": (
+        lambda w: export(w.tmp, "--to", "gguf"), "config.json run folder"),
     "export a vector of an unhealed run": (
         lambda w: export(w.of(unbegun), "--to", "gguf"), "vector.safetensors run folder"),
     "export a vector at a dose": (
@@ -617,9 +620,9 @@ CASES = {  # what is wrong: (the command, what the line must say)
     "an encoder-decoder": (
         lambda w: judge_model(w.disguised(transformers.T5ForConditionalGeneration(T5))),
         "t5 encoder-decoder decoder-only"),
-    "a decoder whose layers have another name": (
-        lambda w: judge_model(w.disguised(transformers.GPT2LMHeadModel(GPT2))),
-        "GPT2LMHeadModel decoder.layers"),
+    "a model without a key-value cache": (
+        lambda w: judge_model(w.disguised(transformers.MambaForCausalLM(MAMBA))),
+        "MambaForCausalLM past_key_values"),
     "a tokenizer larger than the vocabulary": (
         lambda w: judge_model(w.disguised(tiny("llama"))), "tokenizer 49152 128"),
     "no tokenizer": (
