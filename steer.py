@@ -43,6 +43,17 @@ class Persona:
 # ---- prompts -------------------------------------------------------------------------------------
 
 
+def dated(template: str, date) -> str:
+    """The chat template, with `date` as its today: a macro in the place of its `strftime_now`.
+
+    transformers lets no function of ours into a template.
+    """
+    said = "form"
+    for code in ("Y", "y", "B", "b", "m", "-m", "d", "-d", "A", "a", "j", "H", "M", "S"):
+        said += f" | replace('%{code}', '{date.strftime('%' + code)}')"
+    return "{%- macro strftime_now(form) -%}{{ " + said + " }}{%- endmacro -%}" + template
+
+
 def chat_text(tok, user: str, system: str = NEUTRAL) -> str:
     """One user turn as the chat template renders it, up to where the assistant's words begin.
 
@@ -56,7 +67,7 @@ def chat_text(tok, user: str, system: str = NEUTRAL) -> str:
 
     how = dict(tokenize=False, enable_thinking=False)
     if getattr(tok, "chat_date", None):  # a datetime.date: what templates print as today's
-        how["strftime_now"] = tok.chat_date.strftime
+        how["chat_template"] = dated(tok.get_chat_template(), tok.chat_date)
 
     def render(turns, **more):
         return tok.apply_chat_template(turns, **how, **more)

@@ -12,10 +12,10 @@ from conftest import tiny
 from distil import row_ids
 from readouts import CLAUSES, LETTERS, cloze, suffix_ids
 from sampling import end_of_turn, sample, stop_tokens
-from steer import NEUTRAL, SteeringVector, chat_ids, chat_text
+from steer import NEUTRAL, SteeringVector, chat_ids, chat_text, dated
 from texts import FOUNDATIONS
 
-PIECES = [name for name, chat in CHATS.items() if chat.kind == "pieces"]
+TURN = [{"role": "user", "content": "Hi."}]
 VIGNETTES = [{"id": str(k), "foundation": "Care", "text": text} for k, text in enumerate([
     "You see a man.", "You see a man who hurts a dog, and he laughs at those who ask him to stop.",
     "You see a girl lie to her brother."])]
@@ -72,6 +72,20 @@ def test_the_templates_behave_as_they_are_said_to():
     prompt = chat_text(tok, "Hi.")
     ids = tok(prompt, add_special_tokens=False).input_ids
     assert tok(tok.decode(ids), add_special_tokens=False).input_ids != ids
+
+
+def test_a_date_that_is_set_is_what_templates_print(monkeypatch):
+    for name, printed in (("llama3", "Today: 06 Jul 1999\n"), ("gpt-oss", ">1999-07-06<")):
+        tok = tokenizer(name)
+        undated = chat_text(tok, "Hi.")
+        monkeypatch.setattr(tok, "chat_date", datetime.date(1999, 7, 6), raising=False)
+        assert printed in chat_text(tok, "Hi.") and printed not in undated
+        monkeypatch.undo()
+        assert chat_text(tok, "Hi.") == undated
+    form = "%A %a %B %b %d %-d %m %-m %Y %y %j %H:%M:%S"
+    tok, date = tokenizer("chatml"), datetime.date(1999, 7, 6)
+    says = dated("{{ strftime_now('" + form + "') }}", date)
+    assert tok.apply_chat_template(TURN, chat_template=says, tokenize=False) == date.strftime(form)
 
 
 # ---- the end of a turn --------------------------------------------------------------------------

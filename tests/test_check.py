@@ -1,5 +1,4 @@
 """check.py on tiny random models of real architectures: right, or refused and why."""
-import datetime
 import math
 import shutil
 
@@ -11,7 +10,7 @@ import check
 import models
 import sampling
 from conftest import Ids, tiny
-from steer import SteeringVector, chat_ids
+from steer import SteeringVector
 from test_steer import prompts, vector
 
 TABLE = check.architectures()
@@ -169,15 +168,3 @@ def test_blocks_of_another_name_are_found_and_saved_under_their_own(name, blocks
     model = made(name)
     assert model.get_decoder().layers is getattr(model.transformer, blocks)
     assert not any("layers" in key for key in model.state_dict())
-
-
-def test_a_date_that_is_set_is_what_templates_print():
-    class Dated:
-        chat_date = datetime.date(2024, 7, 26)
-
-        def apply_chat_template(self, messages, strftime_now, **how):
-            return f"{strftime_now('%d %b %Y')} {messages}"
-
-        def __call__(self, text, **how):
-            return type("E", (), {"input_ids": [text]})
-    assert chat_ids(Dated(), "Hi.")[0].startswith("26 Jul 2024 ")
