@@ -15,7 +15,7 @@ quick: env
 
 walkthrough: env
 	$(PY) -m pip install -q --disable-pip-version-check -r requirements-walkthrough.txt
-	$(PY) -m jupytext --quiet --to ipynb --set-kernel - walkthrough.py
+	$(PY) -m jupytext --quiet --to ipynb --set-kernel python3 walkthrough.py
 	.venv/bin/jupyter-execute --inplace walkthrough.ipynb
 
 env: .venv/ready
