@@ -352,8 +352,8 @@ def main(cfg: Config) -> None:
     cut = [run.out.name for run in every if not is_finished(run)]
     cut += [alone.out.name] if doses_left(alone, cfg.alone) else []
     if cut:
-        raise ValueError(f"{len(cut)} runs did not finish: {' '.join(cut)}; fix: read their logs "
-                         f"in {cfg.out / 'jobs'}, then the same command goes on")
+        raise ValueError(f"did not finish: {' '.join(cut)}; fix: read their logs in "
+                         f"{cfg.out / 'jobs'}; the same command goes on")
 
     # 3. the records, and the page that is made from them
     folder = cfg.table.parent / "runs" / cfg.out.name
