@@ -314,7 +314,8 @@ def flags_of(cfg: Config) -> str:
             value = [together(doses) for doses in getattr(cfg, name) or [value] if doses]
         elif name in VARIED:
             value = getattr(cfg, name) or value
-        if value and value != default[name] and name not in (*chosen, "seed", "baselines"):
+        is_left_out = value in (None, [], default[name])
+        if not is_left_out and name not in (*chosen, "seed", "baselines"):
             chosen[name] = value
     words = []
     for name, value in chosen.items():
