@@ -43,11 +43,15 @@ LIMITS = {torch.float64: dict(nats=1e-4, relative=1e-4),
 
 
 def token_rows(model, longest: int) -> list[list[int]]:
-    """Three rows of random tokens, the first of them `longest` tokens long, the second a third."""
+    """Three rows of random tokens, the first `longest` tokens long, the second a third of it.
+
+    They begin alike, as prompts with one system turn do.
+    """
     words = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(words, (n,), generator=generator).tolist()
+    rows = [torch.randint(words, (n,), generator=generator).tolist()
             for n in (longest, longest // 3, longest // 3 + 5)]
+    return [rows[0][:2] + row[2:] for row in rows]
 
 
 def plain_logp(model, row: list[int]) -> torch.Tensor:

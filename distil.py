@@ -27,8 +27,9 @@ import lora
 import models
 import runs
 import texts
-from sampling import repetition, sample, score, worst_perplexity
-from steer import NEUTRAL, Persona, SteeringVector, band, chat_ids, extract_vector
+from readouts import suffix_ids
+from sampling import end_of_turn, repetition, sample, score, stop_tokens, worst_perplexity
+from steer import NEUTRAL, Persona, SteeringVector, band, chat_ids, chat_text, extract_vector
 
 REFUSAL = re.compile(
     r"\bas an? (ai|artificial|language model|virtual|digital)\b"
@@ -99,23 +100,19 @@ def verdict(text: str, ppl: float, persona: Persona, rules: Rules) -> str:
 # ---- rows ---------------------------------------------------------------------------------------
 
 
-def end_of_turn(tok) -> list[int]:
-    """The token that ends an assistant turn in this chat template, in a list; empty for none."""
-    mark = "\u241f"
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
-    after = tok.apply_chat_template(turns, tokenize=False).rpartition(mark)[2]
-    ids = tok(after, add_special_tokens=False).input_ids
-    return [t for t in ids if t in tok.all_special_ids][:1]
-
-
 def row_ids(tok, row: dict) -> tuple[list[int], list[int]]:
-    """A data row -> (prompt ids, completion ids), tokenised apart: no token straddles the boundary.
+    """A data row -> (prompt ids, completion ids), apart: no token straddles the boundary.
 
-    The completion ends with the end-of-turn token where the model had ended it there.
+    The completion is what was sampled, token for token, its end of turn included where it came to
+    one. A row of other making has no `tokens`: its text is tokenised, and the end of turn follows
+    unless the row says `finished: false`.
     """
     system, user, assistant = (message["content"] for message in row["messages"])
-    completion = tok(assistant, add_special_tokens=False).input_ids
-    return chat_ids(tok, user, system), completion + (end_of_turn(tok) if row["finished"] else [])
+    prompt = chat_ids(tok, user, system)
+    if "tokens" in row:
+        return prompt, row["tokens"]
+    completion = suffix_ids(tok, chat_text(tok, user, system), assistant)
+    return prompt, completion + (end_of_turn(tok) if row.get("finished", True) else [])
 
 
 def sample_doses(model, tok, vector: SteeringVector, prompts: list[str], doses: list[float], n: int,
@@ -125,14 +122,15 @@ def sample_doses(model, tok, vector: SteeringVector, prompts: list[str], doses: 
     asked = [prompts[order[k // len(doses) % len(prompts)]] for k in range(n)]
     given = [doses[k % len(doses)] for k in range(n)]
     ids = [chat_ids(tok, prompt) for prompt in asked]
-    new = sample(model, tok, ids, vector, given, seed=seed, **sampling)
+    new = sample(model, tok, ids, vector, given, seed=seed, keep_stop=True, **sampling)
+    stop = set(stop_tokens(model, tok))
     rows = []
     for prompt, dose, tokens in zip(asked, given, new):
-        text = tok.decode(tokens, skip_special_tokens=True)
+        finished = tokens[-1] in stop
+        text = tok.decode(tokens[:-1] if finished else tokens, skip_special_tokens=True)
         messages = [{"role": "system", "content": NEUTRAL}, {"role": "user", "content": prompt},
                     {"role": "assistant", "content": text}]
-        finished = len(tokens) < sampling["max_new_tokens"]
-        rows.append({"messages": messages, "dose": dose, "finished": finished})
+        rows.append({"messages": messages, "dose": dose, "finished": finished, "tokens": tokens})
     return rows
 
 

@@ -183,7 +183,7 @@ def speak(model, tok, prompts: list[str], plain: list[str], system: str = NEUTRA
 
 
 def drift(model, h, reference) -> torch.Tensor:
-    """KL(model ‖ original) at each position, nats: final hidden states twice [n, d_model] -> [n]."""
+    """KL(model ‖ original) at each position, nats: final states twice [n, d_model] -> [n]."""
     logp, logq = (logits(model, x).float().log_softmax(-1) for x in (h, reference))
     return F.kl_div(logq, logp, log_target=True, reduction="none").sum(-1)
 

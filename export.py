@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -28,7 +29,7 @@ import models
 import plot
 import runs
 from heal_loop import Config as RunConfig
-from steer import SteeringVector
+from steer import SteeringVector, chat_ids
 
 
 @dataclass
@@ -77,6 +78,35 @@ def export_peft(model, folder, dose: float = 1.0) -> None:
         "bias": "none", "target_modules": sorted(modules), "fan_in_fan_out": False,
         "inference_mode": True, "use_rslora": False, "use_dora": False}
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2))
+
+
+@torch.no_grad()
+def check_peft(model, tok, folder, dose: float = 1.0) -> None:
+    """Load the adapter of `export_peft` back with PEFT; afterwards the model is PEFT's.
+
+    PEFT may take a module for another kind than we did: 0.21 reads a shared expert's gate_proj as
+    one of fused experts and drops it with a warning. Raises ValueError where log-probabilities come
+    out another tenth of what the rounds changed, rounding aside.
+    """
+    from peft import PeftModel
+    ids = torch.tensor([chat_ids(tok, "My boss told me to ignore a crying customer. Should I?")])
+
+    def logp():
+        return model(input_ids=ids).logits.float().log_softmax(-1)
+    with lora.gates(model, history=dose, live=0):
+        ours = logp()
+    lora.detach(model)
+    effect = (ours - logp()).abs().mean()
+    try:
+        PeftModel.from_pretrained(model, folder)  # in place
+        error = (ours - logp()).abs().mean()
+    except (ValueError, RuntimeError, KeyError) as e:
+        raise ValueError(f"PEFT does not load this model's adapter ({e}); "
+                         "fix: --to merged") from None
+    rounding = 1e-4 if model.dtype == torch.float32 else 0.05
+    if not error <= 0.1 * effect + rounding:
+        raise ValueError(f"PEFT loads this model's adapter as another one, {error:.2g} nats off "
+                         f"where the rounds changed {effect:.2g}; fix: --to merged")
 
 
 def export_merged(model, folder, dose: float = 1.0) -> None:
@@ -239,9 +269,12 @@ def export_student(cfg: Config) -> None:
         # 1. the base model, and the run's rounds on it
         model, tok = models.load(cfg.model or str(settings.model), "cpu", settings.dtype)
         lora.load(model, [cfg.run / f"round_{r}" / "adapter.safetensors" for r in range(rounds)])
+        base = models.base_name(model)
+        rank = rounds * model.lora_config["rank"]
         # 2. its weights; a plain checkpoint with what else one needs to run it
         if cfg.to == "peft":
             export_peft(model, out, cfg.dose)
+            check_peft(model, tok, out, cfg.dose)
         else:
             export_merged(model, out, cfg.dose)
             tok.save_pretrained(out)
@@ -252,8 +285,6 @@ def export_student(cfg: Config) -> None:
                 if file:
                     shutil.copy(file, out)
         # 3. its card
-        base = models.base_name(model)
-        rank = rounds * model.lora_config["rank"]
         (out / "README.md").write_text(card(cfg.run, cfg, base, rounds, rank))
     print(f"{cfg.run}, {rounds} rounds on {base} -> {cfg.out} ({cfg.to})")
 

@@ -18,6 +18,7 @@ and go round again.
 import functools
 import math
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Literal
 
@@ -44,6 +45,7 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bf16 where native
     seed: runs.Seed = 0  # of everything that is drawn
     rounds: runs.AtLeast1 = 3  # how often the loop goes round
+    date: runs.Day = models.DATE  # what chat templates print as today's
     # 1. steer
     trait: str = "care"  # name of a trait in data/personas.json
     pos: str | None = None  # system prompt of the trait, instead of --trait
@@ -212,8 +214,9 @@ def heal_round(model, tok, kept: list[dict], cfg: Config, seed: int,
                 stats = heal_step(model, *batches[b], references[b], cfg, diagnose=k == 0)
                 stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
                 if not all(map(math.isfinite, stats.values())):
-                    raise Diverged(f"loss or gradient not finite at step {len(log) + 1} of {steps}, "
-                                   f"{stats}, on '{tok.decode(batches[b][1][0])[:60]}'; "
+                    said = tok.decode(batches[b][1][0])[:60]
+                    raise Diverged(f"loss or gradient not finite at step {len(log) + 1} of "
+                                   f"{steps}, {stats}, on '{said}'; "
                                    "fix: lower --lr or --dtype float32")
                 optimizer.step()
                 schedule.step()
@@ -245,6 +248,7 @@ def main(cfg: Config, loaded=None) -> Path:
         print(f"{cfg.model}: {cfg.trait}, {cfg.reg} {cfg.agg}, λ {cfg.lam:g}, τ {cfg.tau:g}, "
               f"{cfg.rounds} rounds, seed {cfg.seed} -> {run.folder}", flush=True)
         model, tok = loaded or models.load(cfg.model, cfg.device, cfg.dtype)
+        tok.chat_date = date.fromisoformat(cfg.date)
         check.quick(model, cfg.model)  # or every number below could be wrong without a word
         lora.attach(model, cfg.rank, cfg.alpha, cfg.lora_layers)
         lora.load(model, [run.folder / f"round_{r}/adapter.safetensors"

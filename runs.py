@@ -18,6 +18,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -86,6 +87,8 @@ AtLeast1 = Annotated[int, Rule(lambda n: n >= 1, "at least 1")]
 AtLeast2 = Annotated[int, Rule(lambda n: n >= 2, "at least 2, one of which is held out")]
 WholeFrom0 = Annotated[int, Rule(lambda n: n >= 0, "0 or more")]
 Seed = Annotated[int, Rule(lambda n: 0 <= n < 2**32, "0 to 4294967295")]
+Day = Annotated[str, Rule(lambda day: re.fullmatch(r"\d{4}-[01]\d-[0-3]\d", day),
+                         "a date such as 2026-01-01")]
 Finite = Annotated[float, Rule(math.isfinite, "a finite number")]
 From0 = Annotated[float, Rule(lambda x: 0 <= x < math.inf, "a number from 0 up")]
 Above0 = Annotated[float, Rule(lambda x: 0 < x < math.inf, "a number above 0")]
@@ -180,7 +183,7 @@ def read_config(config_class, folder: Path):
         found = json.loads(file.read_text())
         missing = set(settings(config_class())) - set(found)
         if missing:  # it would silently be the default
-            raise ValueError(f"{file} lacks '{min(missing)}', as of an earlier version of this code; "
+            raise ValueError(f"{file} lacks '{min(missing)}', as of an earlier version; "
                              "fix: restore it, start a new run, or use that version")
         for name, hint in typing.get_type_hints(config_class).items():
             if name in UNRECORDED or found[name] is None:

@@ -9,6 +9,7 @@ Rows of one batch may have different lengths, doses and prompts; equal prompts a
 """
 import contextlib
 import math
+import os
 import re
 
 import torch
@@ -152,21 +153,47 @@ def next_token(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k:
 # ---- from words to hidden states ----------------------------------------------------------------
 
 
+def common_beginning(model, prompts: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """The tokens that all prompts begin with, where it is exact to run them once; else none.
+
+    Behind them stands the padding of the shorter prompts. Rotary positions do not care, but a
+    window counts padding as words, and a recurrent state takes it in.
+    """
+    layers = DynamicCache(config=model.config).layers
+    is_plain = all(type(layer) is DynamicLayer for layer in layers)
+    if len(prompts) < 2 or not is_plain or not hasattr(model.get_decoder(), "rotary_emb"):
+        return ()
+    return os.path.commonprefix([prompt[:-1] for prompt in prompts])
+
+
 def prefill(model, prompts: list[list[int]], layer: type[DynamicLayer]):
-    """Run prompts up to their last token, equal ones once.
+    """Run prompts up to their last token, equal ones and equal beginnings once.
 
     -> the cache, and per prompt its last token [batch], mask [batch, longest] and the last token's
     position [batch]. The mask includes the last token, which is not run: it may be steered.
     """
-    # which of the different prompts each row has
+    # 1. which of the different prompts each row has
+    decoder, device = model.get_decoder(), model.device
     unique = list(dict.fromkeys(map(tuple, prompts)))
     place = {prompt: k for k, prompt in enumerate(unique)}
-    rows = torch.tensor([place[tuple(p)] for p in prompts], device=model.device)
-    ids, mask, positions = left_pad(list(map(list, unique)), model.device)
+    rows = torch.tensor([place[tuple(p)] for p in prompts], device=device)
+
+    # 2. what all of them begin with, such as the system turn
+    head = common_beginning(model, unique)
     cache = new_cache(model, layer)
+    if head:
+        decoder(input_ids=torch.tensor([head], device=device), past_key_values=cache,
+                use_cache=True)
+        cache.reorder_cache(torch.zeros(len(unique), dtype=torch.long, device=device))
+
+    # 3. the rest of each, but for its last token
+    ids, mask, _ = left_pad([list(prompt[len(head):]) for prompt in unique], device)
+    mask = torch.cat([mask.new_ones(len(unique), len(head)), mask], 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
     if ids.shape[1] > 1:
-        model.get_decoder()(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True,
-                            position_ids=positions[:, :-1], past_key_values=cache)
+        decoder(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache,
+                position_ids=positions[:, len(head):-1], use_cache=True)
+    if mask.shape[1] > 1:
         cache.reorder_cache(rows)
     return cache, ids[rows, -1], mask[rows], positions[rows, -1]
 
@@ -175,9 +202,9 @@ def completion_states(model, prompts: list[list[int]], completions: list[list[in
                       vector: SteeringVector | None = None, dose: float = 0.0) -> torch.Tensor:
     """Final hidden states at the positions that predict the completions' tokens.
 
-    -> [Σ tokens, d_model], completion after completion. Equal prompts are run once, gradients
-    included. Completions are padded on the right, where a causal model never looks. Prompt and
-    completion are joined as ids: text tokenised in one piece could merge across the boundary.
+    -> [Σ tokens, d_model], completion after completion. Equal prompts and beginnings are run once,
+    gradients included. Completions are padded on the right, where a causal model never looks.
+    Prompt and completion are joined as ids: tokenised in one piece they could merge.
     vector: acts from the prompt's last token on, the assistant tag, as in `sample`.
     """
     longest = max(map(len, completions))
@@ -231,17 +258,46 @@ def score(model, prompts: list[list[int]], completions: list[list[int]],
 # ---- sampling -----------------------------------------------------------------------------------
 
 
+def end_of_turn(tok) -> list[int]:
+    """The token that ends an assistant turn in this chat template, in a list; empty for none.
+
+    In some (GLM) nothing ends it but the next turn's first token. Where the template has no token
+    for it, the end token.
+    """
+    mark = "\u241f"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark},
+             {"role": "user", "content": "a"}]
+    for conversation in (turns[:2], turns):
+        after = tok.apply_chat_template(conversation, tokenize=False).rpartition(mark)[2]
+        ids = tok(after, add_special_tokens=False).input_ids if after else []
+        # added tokens: the named ones and those that only the template names, Gemma's among them
+        found = [t for t in ids if t in tok.added_tokens_decoder and t != tok.bos_token_id]
+        if found:
+            return found[:1]
+    return [] if tok.eos_token_id is None else [tok.eos_token_id]
+
+
 def stop_tokens(model, tok) -> list[int]:
-    """The tokens that end a turn."""
+    """The tokens that end a turn: the generation config's, the tokenizer's, the chat template's.
+
+    A fine-tune may lack any of them.
+    """
     stop = model.generation_config.eos_token_id
-    return [stop] if isinstance(stop, int) else list(stop or [tok.eos_token_id])
+    stop = [stop] if isinstance(stop, int) else list(stop or [])
+    stop += end_of_turn(tok)
+    if tok.eos_token_id is not None:
+        stop.append(tok.eos_token_id)
+    return list(dict.fromkeys(stop))
 
 
 @torch.no_grad()
 def sample(model, tok, prompts: list[list[int]], vector: SteeringVector | None = None, doses=None,
            max_new_tokens: int = 64, temperature: float = 1.0, top_k: int = 64,
-           top_p: float = 0.95, batch_size: int = 96, seed: int = 0) -> list[list[int]]:
-    """Sample one completion per prompt; -> lists of new token ids, the end token dropped.
+           top_p: float = 0.95, batch_size: int = 96, seed: int = 0,
+           keep_stop: bool = False) -> list[list[int]]:
+    """Sample one completion per prompt; -> lists of new token ids.
+
+    keep_stop: a completion that a stop token ended still has it; by default it is dropped.
 
     prompts: token ids from `chat_ids`. doses: one float per prompt, for `vector`, which acts from
     the assistant tag on; the prompt before it is unsteered, so equal prompts are run once for all
@@ -277,10 +333,10 @@ def sample(model, tok, prompts: list[list[int]], vector: SteeringVector | None =
                 token = next_token(z, u[:, t], temperature, top_k, top_p)
                 # 4. look at it, the one transfer from the device: a row that drew a stop is done
                 for i, new in zip(rows, token.tolist()):
+                    if i in running and (keep_stop or new not in stop):
+                        out[i].append(new)
                     if new in stop:
                         running.discard(i)
-                    elif i in running:
-                        out[i].append(new)
                 if not running:
                     break
                 mask = F.pad(mask, (0, 1), value=1)

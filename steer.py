@@ -20,6 +20,7 @@ the distance between the two personas. With any chat model of transformers and i
 """
 import contextlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,29 +43,47 @@ class Persona:
 # ---- prompts -------------------------------------------------------------------------------------
 
 
-def chat_ids(tok, user: str, system: str = NEUTRAL) -> list[int]:
-    """Token ids of one user turn up to and including the assistant tag.
+def chat_text(tok, user: str, system: str = NEUTRAL) -> str:
+    """One user turn as the chat template renders it, up to where the assistant's words begin.
 
-    Where the chat template refuses or drops a system turn, the system text goes in front of the
-    user's. Raises ValueError for an empty user text.
+    Where the template refuses or drops a system turn, the system text goes in front of the user's.
+    Thinking is switched off, or its block closed; a channel for the answer (GPT-OSS) is opened.
+    Raises ValueError for an empty user text.
     """
     if not user.strip():
         raise ValueError("empty prompt; fix: give at least one word")
     system = system.strip()  # templates trim it, and it is looked for below
 
-    how = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    how = dict(tokenize=False, enable_thinking=False)
     if getattr(tok, "chat_date", None):  # a datetime.date: what templates print as today's
         how["strftime_now"] = tok.chat_date.strftime
 
-    def render(messages):
-        return tok.apply_chat_template(messages, **how)
+    def render(turns, **more):
+        return tok.apply_chat_template(turns, **how, **more)
+    turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
     try:
-        text = render([{"role": "system", "content": system}, {"role": "user", "content": user}])
+        text = render(turns, add_generation_prompt=True)
     except Exception:  # templates refuse in their own words (jinja2.TemplateError and others)
         text = ""
     if system not in text:
-        text = render([{"role": "user", "content": f"{system}\n\n{user}"}])
-    return tok(text, add_special_tokens=False).input_ids
+        turns = [{"role": "user", "content": f"{system}\n\n{user}"}]
+        text = render(turns, add_generation_prompt=True)
+
+    # where the template itself puts an answer's words: more, or less, than it prompts with
+    mark = "\u241f"
+    with contextlib.suppress(Exception):  # some refuse a conversation that ends so
+        answered = render([*turns, {"role": "assistant", "content": mark}]).rpartition(mark)[0]
+        if answered.startswith(text) and answered[len(text):].strip():
+            return answered
+        thinks = re.search(r"<(\w+)>\s*$", text.removeprefix(answered))
+        if answered and text.startswith(answered) and thinks:
+            return f"{text.rstrip()}\n\n</{thinks[1]}>\n\n"
+    return text
+
+
+def chat_ids(tok, user: str, system: str = NEUTRAL) -> list[int]:
+    """The token ids of `chat_text`, whose end, the assistant tag, is where steering begins."""
+    return tok(chat_text(tok, user, system), add_special_tokens=False).input_ids
 
 
 def left_pad(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -41,10 +41,11 @@ import heal_loop
 import lora
 import models
 import runs
+import sampling
 import texts
 from evaluate import evaluate
 from heal_loop import aggregate, heal_round, heal_step, kl_per_token
-from readouts import CLAUSES, LETTERS, OPTIONS, token_rows
+from readouts import ANSWER, BECAUSE, CLAUSES, LETTERS, OPTIONS
 from sampling import completion_states, logits, sample
 from steer import SteeringVector, band, chat_ids, extract_vector, left_pad, residual
 
@@ -259,8 +260,8 @@ def cloze_sequences(tok, vignette: dict) -> tuple[list[int], list[list[int]], li
     ids of the multiple-choice question up to the letter.
     """
     question = f"{vignette['text']} Why is this wrong?"
-    because, letter = token_rows(tok, ["This is wrong because", "Answer: ("])
-    return (chat_ids(tok, question) + because, token_rows(tok, list(CLAUSES.values())),
+    because, letter = tok([BECAUSE, ANSWER]).input_ids
+    return (chat_ids(tok, question) + because, tok(list(CLAUSES.values())).input_ids,
             chat_ids(tok, f"{OPTIONS}\n{question}") + letter)
 
 
@@ -270,7 +271,7 @@ def clause_by_clause(model, tok, vignettes: list[dict]) -> tuple[torch.Tensor, t
 
     -> log-probabilities [vignettes, 7] in nats, answer mass [vignettes].
     """
-    letters = [ids[0] for ids in token_rows(tok, list(LETTERS))]
+    letters = [ids[0] for ids in tok(list(LETTERS)).input_ids]
 
     def logp(ids):  # [seq, vocab]
         z = model(input_ids=torch.tensor([ids], device=model.device)).logits[0]
@@ -389,6 +390,8 @@ def live_gradients(model, step) -> torch.Tensor:
 @contextmanager
 def endless(*skeletons):
     """No token ends a completion: all rows run to max_new_tokens."""
+    own = sampling.stop_tokens
+    sampling.stop_tokens = lambda model, tok: []  # for ours
     before = [m.generation_config.eos_token_id for m in skeletons]
     for m in skeletons:
         m.generation_config.eos_token_id = m.config.get_text_config().vocab_size
@@ -397,6 +400,7 @@ def endless(*skeletons):
     finally:
         for m, ends in zip(skeletons, before):
             m.generation_config.eos_token_id = ends
+        sampling.stop_tokens = own
 
 
 # ---- the steps -----------------------------------------------------------------------------------

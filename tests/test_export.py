@@ -6,6 +6,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,7 +16,8 @@ import lora
 import models
 import plot
 import runs
-from conftest import ARCHITECTURES, ROOT, command, tiny
+from chats import tokenizer
+from conftest import ARCHITECTURES, ROOT, SMALL, command, tiny
 from steer import SteeringVector
 from test_lora import logits, train_a_little
 
@@ -92,6 +94,25 @@ def test_the_adapter_says_what_vllm_and_llama_cpp_read(name, tmp_path):
             assert module in config["target_modules"] and len(A) == 12
             assert (B @ A).shape == shapes[f"{module}.weight"]
     assert len(pairs) == 2 * len(config["target_modules"])
+
+
+@pytest.mark.parametrize("dose", [1.0, 0.01, 0.0])
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_an_adapter_that_peft_reads_as_ours_passes_the_exports_own_check(name, dose, tmp_path):
+    tok = tokenizer("chatml")
+    model = student(tiny(name, vocab_size=len(tok)), 2)
+    export.export_peft(model, tmp_path, dose)
+    export.check_peft(model, tok, tmp_path, dose)
+
+
+def test_an_adapter_that_peft_reads_otherwise_is_refused(tmp_path):
+    tok = tokenizer("chatml")
+    settings = SMALL | dict(vocab_size=len(tok), moe_intermediate_size=16, n_routed_experts=4,
+                            num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1)
+    model = transformers.Glm4MoeForCausalLM(transformers.Glm4MoeConfig(**settings)).eval()
+    export.export_peft(student(model, 2), tmp_path)
+    with pytest.raises(ValueError, match="PEFT loads .* as another one, .*; fix: --to merged"):
+        export.check_peft(model, tok, tmp_path)
 
 
 def test_a_student_without_a_round_is_not_exported(tmp_path):

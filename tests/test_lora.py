@@ -114,11 +114,13 @@ def test_gates_are_linear_in_the_dose_one_for_all_rounds_or_one_per_round(
     merging = lora.merged(model) if merged else contextlib.nullcontext()
     with merging, lora.gates(model, history, live):
         for k, m in enumerate(modules):
-            x = torch.randn(3, m.weight.shape[1], generator=torch.Generator().manual_seed(k))
-            plain = x @ m.weight.T + (0 if m.bias is None else m.bias)
+            W = m.base.weight
+            x = torch.randn(3, W.shape[1], generator=torch.Generator().manual_seed(k))
+            plain = x @ W.T + (0 if m.bias is None else m.bias)
             delta = sum(dose * f[k] for dose, f in zip(per_round, factors, strict=True))
             delta = how["alpha"] / how["rank"] * (delta + live * trained * m.B @ m.A)
             torch.testing.assert_close(m(x), plain + x @ delta.T, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(m.weight, W + delta, rtol=1e-4, atol=1e-5)
     assert all((m.c_history, m.c_live) == (1, 1) for m in modules)
 
 

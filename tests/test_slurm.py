@@ -98,28 +98,28 @@ def job_of(run: Path) -> str | None:
             return log.name.removesuffix("_0_log.out")
 
 
-def kill_when_under_way(run: Path) -> str:
+def kill_when_under_way(run: Path, sweep: subprocess.Popen) -> str:
     """Kill the job of a run whose first round is being made; -> its id."""
-    for _ in range(3000):
+    while sweep.poll() is None:
         if (run / "round_0.tmp").exists() and job_of(run):
             job = job_of(run)
             subprocess.run(["scancel", job], check=True)
             return job
         time.sleep(0.1)
-    raise TimeoutError(f"{run} never began")
+    raise AssertionError(f"{run} was never seen under way: {sweep.communicate()}")
 
 
 def test_a_killed_job_is_made_up_for_by_the_same_command_and_the_table_is_the_local_one(
         slurm, tiny_folder, tmp_path):
     # 1. the sweep, and a job of it killed in the middle of a round
     out, long = tmp_path / "cluster", ("--epochs", "20")
-    how = (*long, "--executor", "slurm", "--hours", "0.2")
+    how = (*long, "--executor", "slurm", "--hours", "1")
     out.mkdir()
     command = [sys.executable, runs.HERE / "sweep.py", *flags(tiny_folder, out), *how]
     first = subprocess.Popen([str(word) for word in command], cwd=out, stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True)
-    job = kill_when_under_way(out / "sweep" / "kl_rev_rmse_s0")
-    _, said = first.communicate(timeout=600)
+    job = kill_when_under_way(out / "sweep" / "kl_rev_rmse_s0", first)
+    _, said = first.communicate(timeout=1800)
     log = (out / "sweep" / "jobs" / f"{job}_0_log.err").read_text()
     print(f"\njob {job} killed; the sweep ends with:\n  {said.strip()}\nits log:\n  {log.strip()}")
     assert first.returncode == 1 and "did not finish: kl_rev_rmse_s0; fix: " in said

@@ -153,7 +153,7 @@ def test_a_sweep_leaves_whole_run_folders_and_a_table(swept):
     for run in swept.arms["nll"]:
         base, *points = plot.measured(runs.read_events(run.out))
         healed = [p.profile for p in points if p.stage == "healed"]
-        shifts.append(base.profile.trait - healed[-1].trait)
+        shifts.append(base.profile.value("auth_nats") - healed[-1].value("auth_nats"))
     assert lines["nll"].split("|")[3].strip() == f"{np.mean(shifts):.2f}"
 
 
