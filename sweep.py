@@ -34,6 +34,7 @@ import runs
 import texts
 from steer import band, extract_vector
 
+
 def apart(words: list[str]) -> tuple[float, ...]:
     """One arm's doses from one word: ["1,2"] -> (1.0, 2.0)."""
     return tuple(map(float, words[0].split(",")))
