@@ -34,6 +34,7 @@ import runs
 import texts
 from steer import band, extract_vector
 
+
 def apart(words: list[str]) -> tuple[float, ...]:
     """One arm's doses from one word: ["1,2"] -> (1.0, 2.0)."""
     return tuple(map(float, words[0].split(",")))
@@ -314,7 +315,8 @@ def flags_of(cfg: Config) -> str:
             value = [together(doses) for doses in getattr(cfg, name) or [value] if doses]
         elif name in VARIED:
             value = getattr(cfg, name) or value
-        if value and value != default[name] and name not in (*chosen, "seed", "baselines"):
+        is_left_out = value in (None, [], default[name])
+        if not is_left_out and name not in (*chosen, "seed", "baselines"):
             chosen[name] = value
     words = []
     for name, value in chosen.items():
@@ -352,8 +354,8 @@ def main(cfg: Config) -> None:
     cut = [run.out.name for run in every if not is_finished(run)]
     cut += [alone.out.name] if doses_left(alone, cfg.alone) else []
     if cut:
-        raise ValueError(f"{len(cut)} runs did not finish: {' '.join(cut)}; fix: read their logs "
-                         f"in {cfg.out / 'jobs'}, then the same command goes on")
+        raise ValueError(f"did not finish: {' '.join(cut)}; fix: read their logs in "
+                         f"{cfg.out / 'jobs'}; the same command goes on")
 
     # 3. the records, and the page that is made from them
     folder = cfg.table.parent / "runs" / cfg.out.name

@@ -250,7 +250,7 @@ def test_an_arm_that_was_killed_while_it_forked_begins_again(swept, tmp_path, mo
     write = runs.write_text
 
     def killed(path, text):
-        if path.name == "config.json":  # the last to be written
+        if path.name == "config.json":  # which comes after the copying
             raise KeyboardInterrupt
         write(path, text)
     with monkeypatch.context() as patch:
