@@ -19,6 +19,7 @@ import os
 import subprocess
 import time
 from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -175,7 +176,7 @@ def run_arm(run: heal_loop.Config, trunk: heal_loop.Config, loaded=None) -> None
 def references(cfg: Config, run: heal_loop.Config) -> heal_loop.Config:
     """The run folder of what is not trained, which no flag of healing changes."""
     usual = {name: getattr(heal_loop.Config, name) for name in heal_loop.HEALING}
-    return replace(run, **usual, out=cfg.out / "alone")
+    return replace(run, **usual, doses=None, dose_nats=None, seed=0, out=cfg.out / "alone")
 
 
 def doses_left(run: heal_loop.Config, doses: tuple[float, ...]) -> list[float]:
@@ -196,6 +197,7 @@ def steer_alone(run: heal_loop.Config, doses: tuple[float, ...], loaded=None) ->
     if (run.out / "config.json").exists():
         run = replace(run, resume=run.out)
     model, tok = loaded or models.load(run.model, run.device, run.dtype)
+    tok.chat_date = date.fromisoformat(run.date)
     lora.attach(model)  # whose gates, shut, are the original
     try:
         with runs.begin(run, "alone") as folder, lora.gates(model, history=0, live=0):
