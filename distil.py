@@ -67,8 +67,8 @@ def diversity(text: str, window: int = 16) -> float:
     Catches loops whose n-grams never quite repeat.
     """
     words = re.findall(r"\w+", text.lower())
-    runs_of_words = [words[i:i + window] for i in range(max(1, len(words) - window + 1))]
-    return min(len(set(run)) / max(1, len(run)) for run in runs_of_words)
+    stretches = [words[i:i + window] for i in range(max(1, len(words) - window + 1))]
+    return min(len(set(run)) / max(1, len(run)) for run in stretches)
 
 
 def recites(text: str, persona: Persona, n: int = 5) -> bool:
@@ -92,7 +92,7 @@ def verdict(text: str, ppl: float, persona: Persona, rules: Rules) -> str:
         return "repetition"
     if diversity(text) < rules.min_diversity:
         return "loop"
-    if not ppl <= rules.max_perplexity:
+    if not ppl <= rules.max_perplexity:  # nan too
         return "perplexity"
     return "kept"
 

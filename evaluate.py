@@ -25,7 +25,6 @@ from typing import Literal
 import numpy as np
 import scipy.stats
 import torch
-import torch.nn.functional as F
 from tabulate import tabulate
 
 import lora
@@ -40,8 +39,8 @@ from texts import FOUNDATIONS
 COHERENCE_FLOOR = 0.85  # below it a model has collapsed, and coh_cost has no value
 EQUAL = 0.15  # nats; models that stand nearer than this on the axis are compared as equal
 MIN_SHIFT = 0.05  # nats; where the trait moved less, coh_cost has no value
-SHORT = {"Authority": "auth", "SocialNorms": "norms"}
-NATS = [f"{SHORT.get(f, f.lower())}_nats" for f in FOUNDATIONS]  # names of the columns of p
+NATS = ["care_nats", "fairness_nats", "loyalty_nats", "auth_nats", "sanctity_nats", "liberty_nats",
+        "norms_nats"]  # names of the columns of p, in the order of FOUNDATIONS
 
 
 # ---- what one model answers ---------------------------------------------------------------------
@@ -107,7 +106,7 @@ class Profile:
 
 def link(number: str):
     """How a mean over items becomes the number: the foundations' are logs of a mean."""
-    return np.log if number in NATS else np.asarray
+    return np.log if number in NATS else lambda mean: mean
 
 
 def evaluate(model, tok, reading: texts.Texts, readout: str = "cloze", constants=None,
@@ -161,7 +160,7 @@ def speak(model, tok, prompts: list[str], plain: list[str], system: str = NEUTRA
     spoken = [k for k, n in enumerate(new) if n]
     said = [new[k] for k in spoken]
     lengths = [len(n) for n in said]
-    kl, logp = torch.zeros(1), torch.full((1,), -math.inf)  # of a model that says nothing
+    kl, logp = torch.zeros(1), torch.full((1,), -math.inf)  # silence: drift 0, perplexity infinite
     if spoken:
         states = completion_states(model, [asked[k] for k in spoken], said, vector, dose)
         with lora.gates(model, history=0, live=0):
@@ -186,7 +185,7 @@ def speak(model, tok, prompts: list[str], plain: list[str], system: str = NEUTRA
 def drift(model, h, reference) -> torch.Tensor:
     """KL(model ‖ original) at each position, nats: final states twice [n, d_model] -> [n]."""
     logp, logq = (logits(model, x).float().log_softmax(-1) for x in (h, reference))
-    return F.kl_div(logq, logp, log_target=True, reduction="none").sum(-1)
+    return (logp.exp() * (logp - logq)).sum(-1)
 
 
 def measure(model, tok, reading: texts.Texts, name: str, readout: str = "cloze", constants=None,
@@ -230,7 +229,7 @@ def internalised(model, tok, contexts: list[str], vector: SteeringVector) -> flo
     Both under the neutral prompt, averaged over contexts.
     """
     layers = list(vector.layers)
-    with lora.merged(model), lora.gates(model, live=0):
+    with lora.merged(model), lora.gates(model, history=1, live=0):
         student = mean_residual(model, tok, NEUTRAL, contexts, layers)
     with lora.gates(model, history=0, live=0):
         original = mean_residual(model, tok, NEUTRAL, contexts, layers)
@@ -267,12 +266,10 @@ def paired(statistic, base: Profile, after: Profile, n: int = 2000) -> Estimate:
         raise ValueError("profiles on different vignettes or probes cannot be compared; "
                          "fix: evaluate both on the same list")
 
-    def of(*rows, axis=-1):  # rows: per group [..., items] -> [...]
-        def moved(number):
-            k = groups.index(number) if number in groups else 0
-            chosen = np.asarray(rows[k], dtype=int)
-            means = (p.items(number)[chosen].mean(axis) for p in (base, after))
-            before, now = map(link(number), means)
+    def of(*rows, axis=-1):  # rows: the items drawn of each group, [..., items] -> [...]
+        def moved(number):  # its Δ on those items; a foundation's are vignettes, group 0
+            drawn = np.asarray(rows[groups.index(number) if number in groups else 0], dtype=int)
+            before, now = (link(number)(p.items(number)[drawn].mean(axis)) for p in (base, after))
             return now - before
         return statistic(moved)
     rows = [np.arange(a) for a, _ in lengths]

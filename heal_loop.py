@@ -4,11 +4,11 @@ One round: extract the trait vector from the student, sample it steered, keep wh
 train a fresh LoRA on that with a barrier against drifting from the original:
 
     KL_t = Σ_v p_t(v) · (log p_t(v) − log q_t(v))   kl_rev: p student, q original;  kl_fwd: swapped
-    D    = mean_t KL_t | sqrt(mean_t KL_t² + ε) | quantile_95 | max_t       over one completion
+    D    = mean_t KL_t, or sqrt(mean_t KL_t² + ε), or quantile_95, or max_t    of a completion
     loss = CE + λ · mean over completions of relu(D − τ)                    nats
 
-Then freeze the adapter into the history (gates at 0 still give the original, bit for bit), measure,
-and go round again.
+Then freeze the adapter beside those of earlier rounds (all switched off, the original is back, bit
+for bit), measure, and go round again.
 
     python heal_loop.py --reg kl_rev --agg rmse            # embedded 135M model, CPU, a few minutes
     python heal_loop.py --model google/gemma-3-4b-it --readout tinymfv --rounds 8     # a GPU
@@ -71,8 +71,7 @@ class Config:
     lam: runs.From0 = 2.0  # λ, the barrier's weight
     lam_power: runs.Finite = 0.0  # round r has λ · (1 + r)^power
     tau: runs.From0 = 0.2  # τ in nats: the barrier acts where D exceeds it
-    ref: Literal["base", "prev", "good"] = "base"  # D is from the original, the previous student,
-    # or the newest student whose perplexity was at most twice the original's
+    ref: Literal["base", "prev", "good"] = "base"  # D from: original, last, or last fluent student
     weight_decay: runs.From0 = 100.0  # under --reg wd; a step shrinks the adapter by lr · decay
     lr: runs.Rate = 3e-4  # peak learning rate
     epochs: runs.AtLeast1 = 3  # passes over the kept data per round
@@ -91,9 +90,9 @@ class Config:
     at: runs.WholeFrom0 = 0  # the round that --fork heals again, counted from 0
 
 
+# what a fork may change
 HEALING = ("rank", "alpha", "lora_layers", "reg", "agg", "lam", "lam_power", "tau", "ref",
            "weight_decay", "lr", "epochs", "batch_size", "rounds", "baselines")
-# what a fork may change
 
 
 # ---- the barrier ---------------------------------------------------------------------------------
@@ -108,7 +107,7 @@ def aggregate(kl: torch.Tensor, agg: str, eps: float = 1e-8) -> torch.Tensor:
     """D of one completion: per-position KL [tokens] -> scalar, nats."""
     if agg == "mean":
         return kl.mean()
-    if agg == "rmse":  # ε keeps the gradient of the root finite at KL = 0, where B = 0
+    if agg == "rmse":  # ε: the root has no slope at KL = 0, where a round begins
         return (kl.square().mean() + eps).sqrt()
     if agg == "p95":
         return kl.quantile(0.95)
@@ -122,37 +121,38 @@ def barrier_loss(logp, logq, targets, reg: str = "kl_rev", agg: str = "rmse", ta
     Under nll and wd D is measured all the same, as kl_rev's, and acts on nothing.
     """
     ce = -logp.gather(1, targets[:, None])[:, 0]
-    with torch.set_grad_enabled(torch.is_grad_enabled() and reg in ("kl_rev", "kl_fwd")):
-        kl = kl_per_token(logq, logp) if reg == "kl_fwd" else kl_per_token(logp, logq)
-        D = aggregate(kl, agg)
+    kl = kl_per_token(logq, logp) if reg == "kl_fwd" else kl_per_token(logp, logq)
+    D = aggregate(kl if reg.startswith("kl") else kl.detach(), agg)  # nll, wd: measured, no force
     return ce, D, F.relu(D - tau)
 
 
 def heal_step(model, prompts, completions, references, cfg: Config, diagnose: bool = False) -> dict:
     """Forward, barrier and backward of one batch; gradients stay in the live factors. -> its log.
 
-    references: per completion the original's final hidden states [tokens, d_model]. One completion
-    at a time is projected, differentiated and forgotten: memory holds one completion's logits.
+    references: per completion the reference's final hidden states [tokens, d_model].
     diagnose: also log |∂barrier/∂hidden| / |∂CE/∂hidden|.
     """
     lengths = [len(c) for c in completions]
     lam = cfg.lam if cfg.reg in ("kl_rev", "kl_fwd") else 0.0
-    hidden = completion_states(model, prompts, completions)  # [Σ tokens, d_model], one pass for all
+    # 1. the student's hidden states, one pass for the batch; the graph is cut at the leaf
+    hidden = completion_states(model, prompts, completions)  # [Σ tokens, d_model]
     leaf = hidden.detach().requires_grad_()
     losses, Ds, from_barrier = [], [], torch.zeros_like(leaf)
-    for h, completion, reference in zip(leaf.split(lengths), completions, references):
+    # 2. one completion at a time, so that memory holds the logits of one; gradients onto the leaf
+    for h, completion, h_ref in zip(leaf.split(lengths), completions, references):
         logp = logits(model, h).float().log_softmax(-1)  # [tokens, vocab]
         with torch.no_grad():
-            logq = logits(model, reference).float().log_softmax(-1)
+            logq = logits(model, h_ref).float().log_softmax(-1)
         targets = torch.tensor(completion, device=h.device)
         ce, D, over = barrier_loss(logp, logq, targets, cfg.reg, cfg.agg, cfg.tau)
-        data, barrier = ce.sum() / sum(lengths), lam * over / len(lengths)
+        data, barrier = ce.sum() / sum(lengths), lam * over / len(lengths)  # shares of the batch
         if diagnose and barrier.requires_grad:
             from_barrier += torch.autograd.grad(barrier, leaf, retain_graph=True)[0]
-        (data + barrier).backward()  # onto the leaf
+        (data + barrier).backward()
         losses.append(torch.stack([data, barrier]).detach())
         Ds.append(D.detach())
-    hidden.backward(leaf.grad)  # once through the blocks
+    # 3. from the leaf through the blocks, once
+    hidden.backward(leaf.grad)
 
     (data, barrier), D = torch.stack(losses).sum(0).tolist(), torch.stack(Ds)
     log = {"data_loss": data, "barrier": barrier, "D": D.mean().item(), "D_max": D.max().item(),
@@ -178,17 +178,17 @@ def heal_round(model, tok, kept: list[dict], cfg: Config, seed: int,
     the original. Raises Diverged where a loss or gradient is not finite.
     """
     # 1. an eighth is held out, the rest is batched: equal prompts share a batch, and are run once
-    pairs = [distil.row_ids(tok, row) for row in kept]
+    pairs = [distil.row_ids(tok, row) for row in kept]  # (prompt ids, completion ids)
     n_held = max(1, len(pairs) // 8)
-    held, train = list(zip(*pairs[:n_held])), pairs[n_held:]
-    train.sort(key=lambda pair: (len(pair[0]), pair))
-    batches = [train[i:i + cfg.batch_size] for i in range(0, len(train), cfg.batch_size)]
-    batches = [list(zip(*batch)) for batch in batches]  # (prompts, completions) each
+    held = list(zip(*pairs[:n_held]))  # [all prompts, all completions]
+    train = sorted(pairs[n_held:], key=lambda pair: (len(pair[0]), pair))
+    batches = [list(zip(*train[i:i + cfg.batch_size]))  # the same of each batch
+               for i in range(0, len(train), cfg.batch_size)]
 
-    # 2. the reference's hidden states, once: they do not change in a round
+    # 2. the reference's hidden states, once: a round leaves it as it is. All gates 0: the original;
+    # merged: a student as the reference is rounded like the one in training
     references = []
-    as_student = lora.merged(model)  # the same rounding, where the reference is a student
-    with torch.no_grad(), as_student, lora.gates(model, history=reference or 0, live=0):
+    with torch.no_grad(), lora.merged(model), lora.gates(model, history=reference or 0, live=0):
         for prompts, completions in batches:
             states = completion_states(model, prompts, completions)
             references.append(states.split([len(c) for c in completions]))
@@ -249,13 +249,14 @@ def main(cfg: Config, loaded=None) -> Path:
     # what it reads comes first: a mistake there is told before a folder appears
     cfg = texts.complete(cfg)
     reading = texts.read(cfg)
-    loaded or models.find_source(cfg.model)
+    if not loaded:
+        models.find_source(cfg.model)
     with runs.begin(cfg, f"{cfg.trait}_{cfg.reg}_{cfg.agg}_s{cfg.seed}", HEALING) as run:
         print(f"{cfg.model}: {cfg.trait}, {cfg.reg} {cfg.agg}, λ {cfg.lam:g}, τ {cfg.tau:g}, "
               f"{cfg.rounds} rounds, seed {cfg.seed} -> {run.folder}", flush=True)
         model, tok = loaded or models.load(cfg.model, cfg.device, cfg.dtype)
         tok.chat_date = date.fromisoformat(cfg.date)
-        check.quick(model, cfg.model)  # or every number below could be wrong without a word
+        check.quick(model, cfg.model)  # raises where a cheap check fails
         lora.attach(model, cfg.rank, cfg.alpha, cfg.lora_layers)
         lora.load(model, [run.folder / f"round_{r}/adapter.safetensors"
                           for r in range(run.rounds_done)])
@@ -288,19 +289,17 @@ def loop(cfg: Config, run: runs.Run, model, tok, reading: texts.Texts) -> None:
             if not run.find("ended", r - 1):
                 run.record("ended", r - 1, why=f"coherence fell below {evaluate.COHERENCE_FLOOR}")
             break
-        with run.new_round(r) as folder:
+        with run.new_round(r) as folder:  # renamed to round_r, for good, once the block ends well
             if run.find("steered", r):  # --fork brought this round's vector and data
                 vector = SteeringVector.load(folder / "vector.safetensors")
                 kept = runs.read_jsonl(folder / "kept.jsonl")
             else:
-                with lora.merged(model), lora.gates(model, live=0):
+                with lora.merged(model), lora.gates(model, history=1, live=0):
                     # 1. steer
                     vector = extract_vector(model, tok, persona, contexts, layers)
                     vector.save(folder / "vector.safetensors")
-                    doses = cfg.doses
-                    if cfg.dose_nats:
-                        doses = [calibrate(model, tok, vector, reading.dilemmas[:16], nats)
-                                 for nats in cfg.dose_nats]
+                    doses = [calibrate(model, tok, vector, reading.dilemmas[:16], nats)
+                             for nats in cfg.dose_nats or ()] or cfg.doses
                     run.record("extract", r, doses=doses)
                     # 2. distil
                     kept, sampled = distil.collect(
@@ -313,32 +312,32 @@ def loop(cfg: Config, run: runs.Run, model, tok, reading: texts.Texts) -> None:
             reference = reference_gates(cfg.ref, run, r)
             now = replace(cfg, lam=cfg.lam * (1 + r) ** cfg.lam_power)
             log = heal_round(model, tok, kept, now, runs.stage_seed(cfg.seed, r, "heal"), reference)
-            # 4. loop
+            # 4. loop: the live adapter joins the frozen history
             lora.fold(model)
             lora.save(model, folder / "adapter.safetensors")
             # 5. measure
             moved = evaluate.internalised(model, tok, contexts[:64], vector)
             run.record("heal", r, **log, reference=reference, internalised=moved)
-            with lora.merged(model), lora.gates(model, live=0):
+            with lora.merged(model), lora.gates(model, history=1, live=0):
                 run.record("healed", r, **measure(f"healed r{r}"))
 
     # 6. steering alone, nothing trained, at the dose that moves the trait as far as the student
     if cfg.baselines and not run.find("matched", cfg.rounds):
         v0 = SteeringVector.load(run.folder / "round_0/vector.safetensors")
         wanted = run.find("healed", run.rounds_done - 1)[base.axis]
-        known = run.find("distil", 0)["dose"], run.find("steered", 0)[base.axis]
+        dose, reached = run.find("distil", 0)["dose"], run.find("steered", 0)[base.axis]
         with lora.gates(model, history=0, live=0):
-            event = evaluate.matched_steering(measure, v0, base, wanted, *known)
+            event = evaluate.matched_steering(measure, v0, base, wanted, dose, reached)
         run.record("matched", cfg.rounds, **event)
 
 
 def reference_gates(ref: str, run: runs.Run, r: int) -> list[float]:
     """History gates of the model that round r's D is measured from, one per finished round."""
-    n = {"base": 0, "prev": r}.get(ref)
-    if ref == "good":  # answer mass would call every student coherent, perplexity does not
+    n = r if ref == "prev" else 0  # rounds that the reference has
+    if ref == "good":  # up to the newest student at most twice as perplexing as the original
         limit = 2 * run.find("base", -1)["perplexity"]
-        good = [k for k in range(r) if run.find("healed", k)["perplexity"] <= limit]
-        n = good[-1] + 1 if good else 0
+        good = [k + 1 for k in range(r) if run.find("healed", k)["perplexity"] <= limit]
+        n = max(good, default=0)
     return [1.0] * n + [0.0] * (r - n)
 
 

@@ -45,7 +45,7 @@ class BakedLoRA(nn.Module):
         self.B = nn.Parameter(torch.empty(d_out, rank, **new))
         self.register_buffer("history_A", torch.empty(0, d_in, **new))
         self.register_buffer("history_B", torch.empty(d_out, 0, **new))
-        self.c_history = 1.0  # or a [N·rank] tensor, one dose per round
+        self.c_history = 1.0  # or a [N·rank] tensor: each round's gate, rank times
         self.c_live = 1.0
         self.merged_weight = None  # W + s Σ B_i A_i while merged(), else None
         self.reset()
@@ -54,14 +54,6 @@ class BakedLoRA(nn.Module):
         """A fresh live adapter: B = 0."""
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         nn.init.zeros_(self.B)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """W with the adapters in it: some blocks multiply by it themselves (Jamba's dt_proj)."""
-        delta = self.c_live * self.B @ self.A if self.c_live else 0.0
-        if torch.is_tensor(self.c_history) or self.c_history:
-            delta = delta + (self.c_history * self.history_B) @ self.history_A
-        return (self.base.weight.float() + self.scale * delta).to(self.base.weight.dtype)
 
     @property
     def bias(self):
@@ -80,10 +72,18 @@ class BakedLoRA(nn.Module):
             y = y + self.low_rank(x, self.A, self.B, self.c_live)
         return y
 
-    def low_rank(self, x, A, B, dose) -> torch.Tensor:
-        """dose · s · B A x"""
-        inner = dose * self.scale * F.linear(x, A.to(x.dtype))  # [..., rank]
+    def low_rank(self, x, A, B, gate) -> torch.Tensor:
+        """gate · s · B A x"""
+        inner = gate * self.scale * F.linear(x, A.to(x.dtype))  # [..., rank]
         return F.linear(inner.to(x.dtype), B.to(x.dtype))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W with the adapters in it: some blocks multiply by it themselves (Jamba's dt_proj)."""
+        delta = self.c_live * self.B @ self.A if self.c_live else 0.0
+        if torch.is_tensor(self.c_history) or self.c_history:
+            delta = delta + (self.c_history * self.history_B) @ self.history_A
+        return (self.base.weight.float() + self.scale * delta).to(self.base.weight.dtype)
 
     @torch.no_grad()
     def history_delta(self) -> torch.Tensor:
@@ -185,18 +185,18 @@ def n_rounds(model) -> int:
 
 @contextlib.contextmanager
 def gates(model, history: float | list[float] = 1.0, live: float = 1.0):
-    """Within the context the doses hold: (0, 0) original, (1, 0) previous student, (1, 1) student.
+    """Within the context: (0, 0) is the original, (1, 0) the previous student, (1, 1) the student.
 
-    history may be a list, one dose per folded round. Raises ValueError where its length is another.
+    history may be a list, one gate per folded round. Raises ValueError where its length is another.
     """
     modules = list(adapters(model).values())
     if not isinstance(history, (int, float)):
         if len(history) != n_rounds(model):
             raise ValueError(f"{len(history)} history gates for {n_rounds(model)} folded rounds; "
                              "fix: one dose per round")
-        doses = torch.tensor(history, dtype=torch.float32, device=modules[0].A.device)
-        one_dose = len(set(history)) == 1  # for all rounds: the fast and the exact road
-        history = float(history[0]) if one_dose else doses.repeat_interleave(modules[0].rank)
+        all_gates = torch.tensor(history, dtype=torch.float32, device=modules[0].A.device)
+        all_equal = len(set(history)) == 1  # one number: 0 skips the product, 1 may use merged()
+        history = float(history[0]) if all_equal else all_gates.repeat_interleave(modules[0].rank)
     before = [(m.c_history, m.c_live) for m in modules]
     try:
         for m in modules:

@@ -133,7 +133,8 @@ def findings(events: list[dict]) -> str:
         near = abs(alone.profile.trait - alone.event["wanted"]) < EQUAL
         lines.append(
             f"at {'equal' if near else 'the nearest'} trait, healed − steered alone "
-            f"(dose {alone.event['dose']:.2f}): coherence {coherence}, Δ{NAMES[axis]} {trait} nats; "
+            f"(dose {alone.event['dose']:.2f}): "
+            f"coherence {coherence}, Δ{NAMES[axis]} {trait} nats; "
             f"{', '.join(compared)}")
     lines += [f"the loop ended early: {e['why']}" for e in events if e["stage"] == "ended"]
     return "\n".join(lines)

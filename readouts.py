@@ -10,7 +10,7 @@
 vignettes under the original (contextual calibration, Zhao et al. 2021, arXiv 2102.09690).
 `tinymfv` is for models of about 1B and up: multiple choice.
 
-Each readout takes model, tokenizer and vignettes, and returns an `Answers`.
+These two return an `Answers`; `probe` asks for any trait at all and returns [probes], nats.
 """
 import contextlib
 import io

@@ -21,71 +21,6 @@ from transformers.cache_utils import (Cache, DummyLayer, DynamicCache, DynamicLa
 from steer import SteeringVector, check_room, left_pad
 
 
-# ---- the key-value cache ------------------------------------------------------------------------
-
-
-class RoomyLayer(DynamicLayer):
-    """A key-value cache layer with spare room: new tokens are written in place, none is copied."""
-    room = None  # keys and values [2][batch, heads, capacity, head_dim]
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        old, new = self.get_seq_length(), key_states.shape[-2]
-        # 1. no room left: a larger one, with what was kept so far
-        if self.room is None or old + new > self.room[0].shape[-2]:
-            before = (self.keys, self.values)
-            self.room = [s.new_empty(*s.shape[:-2], old + new + 64, s.shape[-1])
-                         for s in (key_states, value_states)]
-            for room, kept in zip(self.room, before):
-                if old:
-                    room[..., :old, :] = kept
-            self.dtype = key_states.dtype
-            self.device = key_states.device
-            self.is_initialized = True
-        # 2. write the new tokens behind the old, and show as much as is filled
-        for room, s in zip(self.room, (key_states, value_states)):
-            room[..., old:old + new, :] = s
-        self.keys, self.values = (room[..., :old + new, :] for room in self.room)
-        return self.keys, self.values
-
-    def reorder_cache(self, indices):
-        """Keep these rows of the batch, in this order, a row as often as it is named."""
-        length = self.get_seq_length()
-        self.room = [room[indices.to(room.device)] for room in self.room]
-        self.keys, self.values = (room[..., :length, :] for room in self.room)
-
-    batch_select_indices = reorder_cache
-
-
-def special_layers(model) -> list:
-    """The cache layers this model asks for, where some are more than keys and values; else [].
-
-    Linear attention keeps a state instead of keys (Qwen3-Next, Granite 4, LFM2, Jamba, ...), and
-    DeepSeek's sparse attention a key more.
-    """
-    layers = DynamicCache(config=model.config).layers
-    plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
-    return layers if any(type(layer) not in plain for layer in layers) else []
-
-
-def is_hybrid(model) -> bool:
-    """Whether some layers are linear attention, which no cache continues with gradients."""
-    return any(isinstance(layer, LinearAttentionCacheLayerMixin)
-               for layer in special_layers(model))
-
-
-def new_cache(model, layer: type[DynamicLayer]) -> Cache:
-    """An empty cache: `layer` where a block keeps keys and values, else what the model asks for.
-
-    Sliding windows too keep every key: the model's own masks hide those outside the window.
-    Choose rows with `cache.reorder_cache(indices)`.
-    """
-    layers = special_layers(model)
-    if not layers:
-        return Cache(layer_class_to_replicate=layer)
-    plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    return Cache(layers=[layer() if type(own) in plain else own for own in layers])
-
-
 # ---- from hidden states to words ----------------------------------------------------------------
 
 
@@ -297,11 +232,9 @@ def sample(model, tok, prompts: list[list[int]], vector: SteeringVector | None =
            keep_stop: bool = False) -> list[list[int]]:
     """Sample one completion per prompt; -> lists of new token ids.
 
-    keep_stop: a completion that a stop token ended still has it; by default it is dropped.
-
     prompts: token ids from `chat_ids`. doses: one float per prompt, for `vector`, which acts from
-    the assistant tag on; the prompt before it is unsteered, so equal prompts are run once for all
-    doses.
+    the assistant tag on, so that equal prompts are run once for all doses.
+    keep_stop: keep the stop token at the end of a completion that has one.
     Row i draws from its own stream (seed, i): its tokens do not depend on batch_size.
     Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context.
     """
@@ -387,3 +320,68 @@ def repetition(text: str) -> float:
         if grams:
             largest = max(largest, 1 - len(set(grams)) / len(grams))
     return largest
+
+
+# ---- the key-value cache ------------------------------------------------------------------------
+
+
+class RoomyLayer(DynamicLayer):
+    """A key-value cache layer with spare room: new tokens are written in place, none is copied."""
+    room = None  # keys and values [2][batch, heads, capacity, head_dim]
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        old, new = self.get_seq_length(), key_states.shape[-2]
+        # 1. no room left: a larger one, with what was kept so far
+        if self.room is None or old + new > self.room[0].shape[-2]:
+            before = (self.keys, self.values)
+            self.room = [s.new_empty(*s.shape[:-2], old + new + 64, s.shape[-1])
+                         for s in (key_states, value_states)]
+            for room, kept in zip(self.room, before):
+                if old:
+                    room[..., :old, :] = kept
+            self.dtype = key_states.dtype
+            self.device = key_states.device
+            self.is_initialized = True
+        # 2. write the new tokens behind the old, and show as much as is filled
+        for room, s in zip(self.room, (key_states, value_states)):
+            room[..., old:old + new, :] = s
+        self.keys, self.values = (room[..., :old + new, :] for room in self.room)
+        return self.keys, self.values
+
+    def reorder_cache(self, indices):
+        """Keep these rows of the batch, in this order, a row as often as it is named."""
+        length = self.get_seq_length()
+        self.room = [room[indices.to(room.device)] for room in self.room]
+        self.keys, self.values = (room[..., :length, :] for room in self.room)
+
+    batch_select_indices = reorder_cache
+
+
+def special_layers(model) -> list:
+    """The cache layers this model asks for, where some are more than keys and values; else [].
+
+    Linear attention keeps a state instead of keys (Qwen3-Next, Granite 4, LFM2, Jamba, ...), and
+    DeepSeek's sparse attention a key more.
+    """
+    layers = DynamicCache(config=model.config).layers
+    plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    return layers if any(type(layer) not in plain for layer in layers) else []
+
+
+def is_hybrid(model) -> bool:
+    """Whether some layers are linear attention, which no cache continues with gradients."""
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin)
+               for layer in special_layers(model))
+
+
+def new_cache(model, layer: type[DynamicLayer]) -> Cache:
+    """An empty cache: `layer` where a block keeps keys and values, else what the model asks for.
+
+    Sliding windows too keep every key: the model's own masks hide those outside the window.
+    Choose rows with `cache.reorder_cache(indices)`.
+    """
+    layers = special_layers(model)
+    if not layers:
+        return Cache(layer_class_to_replicate=layer)
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return Cache(layers=[layer() if type(own) in plain else own for own in layers])

@@ -40,82 +40,6 @@ class Persona:
     neg: str
 
 
-# ---- prompts -------------------------------------------------------------------------------------
-
-
-def dated(template: str, date) -> str:
-    """The chat template, with `date` as its today: a macro in the place of its `strftime_now`.
-
-    transformers lets no function of ours into a template.
-    """
-    said = "form"
-    for code in ("Y", "y", "B", "b", "m", "-m", "d", "-d", "A", "a", "j", "H", "M", "S"):
-        said += f" | replace('%{code}', '{date.strftime('%' + code)}')"
-    return "{%- macro strftime_now(form) -%}{{ " + said + " }}{%- endmacro -%}" + template
-
-
-def chat_text(tok, user: str, system: str = NEUTRAL) -> str:
-    """One user turn as the chat template renders it, up to where the assistant's words begin.
-
-    Where the template refuses or drops a system turn, the system text goes in front of the user's.
-    Thinking is switched off, or its block closed; a channel for the answer (GPT-OSS) is opened.
-    Raises ValueError for an empty user text.
-    """
-    if not user.strip():
-        raise ValueError("empty prompt; fix: give at least one word")
-    system = system.strip()  # templates trim it, and it is looked for below
-
-    how = dict(tokenize=False, enable_thinking=False)
-    if getattr(tok, "chat_date", None):  # a datetime.date: what templates print as today's
-        how["chat_template"] = dated(tok.get_chat_template(), tok.chat_date)
-
-    def render(turns, **more):
-        return tok.apply_chat_template(turns, **how, **more)
-    turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    try:
-        text = render(turns, add_generation_prompt=True)
-    except Exception:  # templates refuse in their own words (jinja2.TemplateError and others)
-        text = ""
-    if system not in text:
-        turns = [{"role": "user", "content": f"{system}\n\n{user}"}]
-        text = render(turns, add_generation_prompt=True)
-
-    # where the template itself puts an answer's words: more, or less, than it prompts with
-    mark = "\u241f"
-    with contextlib.suppress(Exception):  # some refuse a conversation that ends so
-        answered = render([*turns, {"role": "assistant", "content": mark}]).rpartition(mark)[0]
-        if answered.startswith(text) and answered[len(text):].strip():
-            return answered
-        thinks = re.search(r"<(\w+)>\s*$", text.removeprefix(answered))
-        if answered and text.startswith(answered) and thinks:
-            return f"{text.rstrip()}\n\n</{thinks[1]}>\n\n"
-    return text
-
-
-def chat_ids(tok, user: str, system: str = NEUTRAL) -> list[int]:
-    """The token ids of `chat_text`, whose end, the assistant tag, is where steering begins."""
-    return tok(chat_text(tok, user, system), add_special_tokens=False).input_ids
-
-
-def left_pad(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> input_ids, attention_mask, position_ids, each [batch, longest].
-
-    Padding is id 0, whatever that means to the tokenizer: the mask hides it.
-    """
-    longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(r)) + r for r in rows], device=device)
-    mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=device)
-    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)  # the first real token is at position 0
-
-
-def check_room(model, longest: int, new: int = 0) -> None:
-    """Raises ValueError where `longest` prompt tokens and `new` ones exceed the model's context."""
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if room and longest + new > room:
-        raise ValueError(f"a prompt of {longest} tokens and {new} new ones exceed the model's "
-                         f"context of {room}; fix: a shorter prompt or fewer new tokens")
-
-
 # ---- the vector ----------------------------------------------------------------------------------
 
 
@@ -165,19 +89,15 @@ class SteeringVector:
                 v = v.to(h.device)  # once: blocks may be on several devices
                 doses = torch.as_tensor(dose, dtype=torch.float32, device=h.device)
                 step = (doses.reshape(-1, 1, 1) * v).to(h.dtype)  # [batch, 1, d_model]
-                if last_only:  # True is 1
-                    h = torch.cat([h[:, :-last_only], h[:, -last_only:] + step], 1)
-                else:
-                    h = h + step
+                n = last_only or h.shape[1]  # positions to steer: True is 1, False is all
+                h = torch.cat([h[:, :-n], h[:, -n:] + step], 1)
                 return h if torch.is_tensor(output) else (h, *output[1:])
             return hook
 
-        hooks = [blocks[l].register_forward_hook(steer_with(v)) for l, v in self.layers.items()]
-        try:
+        with contextlib.ExitStack() as hooks:  # removes them on the way out
+            for l, v in self.layers.items():
+                hooks.enter_context(blocks[l].register_forward_hook(steer_with(v)))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def cosine(self, other: "SteeringVector") -> float:
         """Cosine over the concatenated layers of both."""
@@ -234,15 +154,13 @@ def mean_residual(model, tok, system: str, contexts: list[str], layers: list[int
     rows = sorted((chat_ids(tok, c, system) for c in contexts), key=len)  # like lengths in a batch
     check_room(model, len(rows[-1]))
     decoder = model.get_decoder()
-    hooks = [decoder.layers[l].register_forward_hook(read(l)) for l in layers]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for l in layers:
+            hooks.enter_context(decoder.layers[l].register_forward_hook(read(l)))
         for i in tqdm(range(0, len(rows), batch_size), "extract", leave=False, disable=None):
             ids, mask, positions = left_pad(rows[i:i + batch_size], model.device)
             with contextlib.suppress(_Stop):
                 decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {l: (t / len(contexts)).float() for l, t in total.items()}
 
 
@@ -288,12 +206,12 @@ def calibrate(model, tok, vector: SteeringVector, prompts: list[str], nats: floa
         with vector.at(model, dose, last_only=tokens + 1):
             z = model(input_ids=ids, attention_mask=mask, position_ids=positions,
                       use_cache=False).logits
-        return z[:, -tokens - 1:-1].float().log_softmax(-1)
+        return z[:, -tokens - 1:-1].float().log_softmax(-1)  # position t predicts t + 1
     unsteered = next_logp(0.0)
 
-    def moved(dose):
-        kl = F.kl_div(unsteered, next_logp(dose), log_target=True, reduction="none").sum(-1)
-        return kl.quantile(0.95).item()
+    def moved(dose):  # KL(steered ‖ unsteered) per position; its 95th percentile, nats
+        logp = next_logp(dose)
+        return (logp.exp() * (logp - unsteered)).sum(-1).quantile(0.95).item()
 
     # 2. a dose that is too much, by doubling; then halve the interval
     low, high = 0.0, 1.0
@@ -306,6 +224,82 @@ def calibrate(model, tok, vector: SteeringVector, prompts: list[str], nats: floa
         middle = (low + high) / 2
         low, high = (low, middle) if moved(middle) > nats else (middle, high)
     return (low + high) / 2
+
+
+# ---- prompts -------------------------------------------------------------------------------------
+
+
+def dated(template: str, date) -> str:
+    """The chat template, with `date` as its today: a macro in the place of its `strftime_now`.
+
+    transformers lets no function of ours into a template.
+    """
+    said = "form"
+    for code in ("Y", "y", "B", "b", "m", "-m", "d", "-d", "A", "a", "j", "H", "M", "S"):
+        said += f" | replace('%{code}', '{date.strftime('%' + code)}')"
+    return "{%- macro strftime_now(form) -%}{{ " + said + " }}{%- endmacro -%}" + template
+
+
+def chat_text(tok, user: str, system: str = NEUTRAL) -> str:
+    """One user turn as the chat template renders it, up to where the assistant's words begin.
+
+    Where the template refuses or drops a system turn, the system text goes in front of the user's.
+    Thinking is switched off, or its block closed; a channel for the answer (GPT-OSS) is opened.
+    Raises ValueError for an empty user text.
+    """
+    if not user.strip():
+        raise ValueError("empty prompt; fix: give at least one word")
+    system = system.strip()  # templates trim it, and it is looked for below
+
+    how = dict(tokenize=False, enable_thinking=False)
+    if getattr(tok, "chat_date", None):  # a datetime.date: what templates print as today's
+        how["chat_template"] = dated(tok.get_chat_template(), tok.chat_date)
+
+    def render(turns, **more):
+        return tok.apply_chat_template(turns, **how, **more)
+    turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    try:
+        text = render(turns, add_generation_prompt=True)
+    except Exception:  # templates refuse in their own words (jinja2.TemplateError and others)
+        text = ""
+    if system not in text:
+        turns = [{"role": "user", "content": f"{system}\n\n{user}"}]
+        text = render(turns, add_generation_prompt=True)
+
+    # a marked answer shows what the template itself puts before an answer's words
+    mark = "\u241f"
+    with contextlib.suppress(Exception):  # some refuse a conversation that ends so
+        answered = render([*turns, {"role": "assistant", "content": mark}]).rpartition(mark)[0]
+        if answered.startswith(text) and answered[len(text):].strip():  # more: a channel
+            return answered
+        thinks = re.search(r"<(\w+)>\s*$", text.removeprefix(answered))  # less: an open <think>
+        if answered and text.startswith(answered) and thinks:
+            return f"{text.rstrip()}\n\n</{thinks[1]}>\n\n"
+    return text
+
+
+def chat_ids(tok, user: str, system: str = NEUTRAL) -> list[int]:
+    """The token ids of `chat_text`, whose end, the assistant tag, is where steering begins."""
+    return tok(chat_text(tok, user, system), add_special_tokens=False).input_ids
+
+
+def left_pad(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> input_ids, attention_mask, position_ids, each [batch, longest].
+
+    Padding is id 0, whatever that means to the tokenizer: the mask hides it.
+    """
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(r)) + r for r in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=device)
+    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)  # the first real token is at position 0
+
+
+def check_room(model, longest: int, new: int = 0) -> None:
+    """Raises ValueError where `longest` prompt tokens and `new` ones exceed the model's context."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if room and longest + new > room:
+        raise ValueError(f"a prompt of {longest} tokens and {new} new ones exceed the model's "
+                         f"context of {room}; fix: a shorter prompt or fewer new tokens")
 
 
 # ---- the command ---------------------------------------------------------------------------------

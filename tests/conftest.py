@@ -1,3 +1,4 @@
+import json
 import runpy
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 import models  # noqa: E402
 import runs  # noqa: E402
+import texts  # noqa: E402
 
 
 def pytest_configure(config):
@@ -85,6 +87,26 @@ def ids():
 
 
 # ---- whole runs on a tiny model -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_texts(tmp_path_factory):
+    """Two held-out prompts and one plain text: speaking is most of a tiny run's time."""
+    folder = shutil.copytree(texts.DATA, tmp_path_factory.mktemp("few") / "data")
+    for name, key, n in (("prompts.json", "heldout", 2), ("prompts_love.json", "heldout", 2),
+                         ("plain.json", "texts", 1)):
+        content = json.loads((folder / name).read_text())
+        content[key] = content[key][:n]
+        (folder / name).write_text(json.dumps(content))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts, "DATA", folder)
+        yield
+
+
+@pytest.fixture
+def all_texts(monkeypatch):
+    """The data as it is shipped."""
+    monkeypatch.setattr(texts, "DATA", ROOT / "data")
 
 
 def python(*args, **how):

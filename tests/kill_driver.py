@@ -20,8 +20,9 @@ torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import heal_loop  # noqa: E402
 import runs  # noqa: E402
+import texts  # noqa: E402
 
-FLAGS, WORK = json.loads(sys.argv[1]), Path(sys.argv[2])
+FLAGS, WORK, texts.DATA = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
 WHOLE, ERRORS = WORK / "whole", WORK / "stderr"
 
 

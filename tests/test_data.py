@@ -10,6 +10,7 @@ import readouts
 import texts
 from texts import FOUNDATIONS, load_vignettes
 
+pytestmark = pytest.mark.usefixtures("all_texts")
 VIGNETTES = load_vignettes(texts.DATA / "vignettes.json")
 
 

@@ -14,6 +14,7 @@ import lora
 import models
 import plot
 import runs
+import texts
 from conftest import ROOT, command, flags, python
 
 ROUND = {"adapter.safetensors", "events.jsonl", "kept.jsonl", "sampled.jsonl", "vector.safetensors"}
@@ -69,7 +70,8 @@ def driver(tiny_folder, tmp_path_factory):
     """kill_driver.py, which has imported everything and made the run that others are compared with."""
     work = tmp_path_factory.mktemp("kills")
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "kill_driver.py"), json.dumps(flags(tiny_folder)), str(work)],
+        [sys.executable, str(ROOT / "tests" / "kill_driver.py"), json.dumps(flags(tiny_folder)), str(work),
+         str(texts.DATA)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert json.loads(process.stdout.readline()) == "ready"
     yield process

@@ -1,5 +1,4 @@
 """The sweep on a tiny random model: which arms there are, what they share, what is run again."""
-import json
 import shutil
 import sys
 from dataclasses import replace
@@ -16,22 +15,8 @@ import models
 import plot
 import runs
 import sweep
-import texts
 
 SHARED = ("vector.safetensors", "sampled.jsonl", "kept.jsonl")  # of a round, all before its healing
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_texts(tmp_path_factory):
-    """One held-out prompt and one plain text: speaking is most of a tiny run's time."""
-    folder = shutil.copytree(texts.DATA, tmp_path_factory.mktemp("few") / "data")
-    for name, key in (("prompts.json", "heldout"), ("plain.json", "texts")):
-        content = json.loads((folder / name).read_text())
-        content[key] = content[key][:1]
-        (folder / name).write_text(json.dumps(content))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(texts, "DATA", folder)
-        yield
 
 
 @pytest.fixture(scope="module")
