@@ -225,8 +225,8 @@ class World:
 
     def cache(self, how):
         """The user's cache in a state, the embedded model's folder in it; -> a command on it."""
-        cache = self.tmp / "cache"
-        folder = cache / "steer-heal-loop" / "SmolLM2-135M-Instruct-Q4_1"
+        cache, real = self.tmp / "cache", models.cache_dir()
+        folder = cache / real.name / models.embedded_folder().relative_to(real)
         if how == "a file":
             cache.touch()
         elif how == "of the kernel":  # where not even root writes

@@ -215,7 +215,9 @@ def test_merged_is_the_student_and_ends_with_its_context_wherever_an_exception_s
     st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=3))
 def test_fold_keeps_the_student_and_is_associative_with_save_and_load(
         name, how, rounds, tmp_path_factory):
-    stays, travels, files = tiny(name, torch.float64), tiny(name, torch.float64), []
+    # float64: that no sum's order decides; experts are multiplied in at most float32
+    dtype = torch.float32 if name == "mixtral" else torch.float64
+    stays, travels, files = tiny(name, dtype), tiny(name, dtype), []
     folder = tmp_path_factory.getbasetemp()
     for model in (stays, travels):
         lora.attach(model, **how)
@@ -229,9 +231,9 @@ def test_fold_keeps_the_student_and_is_associative_with_save_and_load(
         files.append(folder / f"round_{r}.safetensors")
         lora.save(travels, files[-1])
         if through_the_files:
-            travels = tiny(name, torch.float64)
+            travels = tiny(name, dtype)
             lora.load(travels, files)
-    one_by_one = tiny(name, torch.float64)
+    one_by_one = tiny(name, dtype)
     for file in files:
         lora.load(one_by_one, file)
     for model in (travels, one_by_one):
