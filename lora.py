@@ -200,7 +200,8 @@ def gates(model, history: float | list[float] = 1.0, live: float = 1.0):
     before = [(m.c_history, m.c_live) for m in modules]
     try:
         for m in modules:
-            m.c_history, m.c_live = history, live
+            m.c_history = history.to(m.A.device) if torch.is_tensor(history) else history
+            m.c_live = live
         yield
     finally:
         for m, (c_history, c_live) in zip(modules, before):

@@ -19,7 +19,7 @@ from matplotlib.ticker import NullFormatter
 from tabulate import tabulate
 
 import runs
-from evaluate import (NATS, Estimate, Profile, coh_cost, delta, largest_mover,
+from evaluate import (EQUAL, NATS, Estimate, Profile, coh_cost, delta, largest_mover,
                       surgicality)
 from steer import SteeringVector
 from texts import FOUNDATIONS
@@ -130,9 +130,11 @@ def findings(events: list[dict]) -> str:
         trait = show(delta(axis, alone.profile, last.profile))
         compared = [f"{name} {last.event[name]:.2f} against {alone.event[name]:.2f}"
                     for name in ("perplexity", "drift", "repetition", "text_nats")]
+        near = abs(alone.profile.trait - alone.event["wanted"]) < EQUAL
         lines.append(
-            f"at equal trait, healed − steered alone (dose {alone.event['dose']:.2f}): coherence "
-            f"{coherence}, Δ{NAMES[axis]} {trait} nats; {', '.join(compared)}")
+            f"at {'equal' if near else 'the nearest'} trait, healed − steered alone "
+            f"(dose {alone.event['dose']:.2f}): coherence {coherence}, Δ{NAMES[axis]} {trait} nats; "
+            f"{', '.join(compared)}")
     lines += [f"the loop ended early: {e['why']}" for e in events if e["stage"] == "ended"]
     return "\n".join(lines)
 
@@ -352,7 +354,8 @@ def heal_rows(run: Path, events: list[dict]) -> list[list]:
 
 def at_the_border(run: Path) -> list[dict]:
     """Of the newest round: the kept with the highest perplexity, and the best of each rule's."""
-    newest = sorted(run.glob("*round_*/sampled.jsonl"))[-1:]
+    files = run.glob("*round_*/sampled.jsonl")
+    newest = sorted(files, key=lambda file: int(file.parent.name.split("_")[-1]))[-1:]
     rows = [row for file in newest for row in runs.read_jsonl(file)]
     rows.sort(key=lambda row: row["perplexity"] or float("inf"))
     kept = [row for row in rows if row["verdict"] == "kept"]

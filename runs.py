@@ -18,14 +18,13 @@ import contextlib
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
 import typing
 import zlib
 from dataclasses import asdict, fields
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated, Callable, NamedTuple
 
@@ -87,8 +86,15 @@ AtLeast1 = Annotated[int, Rule(lambda n: n >= 1, "at least 1")]
 AtLeast2 = Annotated[int, Rule(lambda n: n >= 2, "at least 2, one of which is held out")]
 WholeFrom0 = Annotated[int, Rule(lambda n: n >= 0, "0 or more")]
 Seed = Annotated[int, Rule(lambda n: 0 <= n < 2**32, "0 to 4294967295")]
-Day = Annotated[str, Rule(lambda day: re.fullmatch(r"\d{4}-[01]\d-[0-3]\d", day),
-                         "a date such as 2026-01-01")]
+
+
+def is_day(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(date.fromisoformat(text))
+    return False
+
+
+Day = Annotated[str, Rule(is_day, "a date such as 2026-01-01")]
 Finite = Annotated[float, Rule(math.isfinite, "a finite number")]
 From0 = Annotated[float, Rule(lambda x: 0 <= x < math.inf, "a number from 0 up")]
 Above0 = Annotated[float, Rule(lambda x: 0 < x < math.inf, "a number above 0")]
@@ -168,6 +174,7 @@ def settings(config) -> dict:
     kept = {}
     for name, value in asdict(config).items():
         is_path = isinstance(value, Path) or name == "model" and Path(value).is_dir()
+        is_path = is_path and not str(value).startswith("tinymfv:")  # of the package, not a file
         if name not in UNRECORDED:
             kept[name] = os.path.relpath(value, HERE) if is_path else value
     return json.loads(json.dumps(kept))  # tuples as lists, as they will be read back
@@ -190,7 +197,8 @@ def read_config(config_class, folder: Path):
                 continue
             kinds = [typing.get_origin(kind) or kind for kind in (hint, *typing.get_args(hint))]
             if Path in kinds:
-                found[name] = HERE / found[name]
+                is_file = not found[name].startswith("tinymfv:")
+                found[name] = HERE / found[name] if is_file else Path(found[name])
             elif name == "model" and (HERE / found[name]).is_dir():
                 found[name] = str(HERE / found[name])
             elif tuple in kinds:
@@ -324,8 +332,12 @@ class Run:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def check_fork(source: Path, at: int) -> None:
+def check_fork(config) -> None:
     """Raises ValueError where round `at` of a run cannot be healed again."""
+    source, at = config.fork, config.at
+    if config.rounds <= at:
+        raise ValueError(f"--rounds {config.rounds} leaves nothing to heal from --at {at} on; "
+                         f"fix: --rounds {at + 1} or more")
     read_events(source)  # raises for a folder of an earlier version
     done = rounds_done(source)
     if at >= done:
@@ -356,12 +368,20 @@ def copy_for_fork(source: Path, at: int, folder: Path) -> None:
     write_text(folder / "events.jsonl", to_jsonl([*top, origin]))
 
 
-CUT_OFF = {"lock", "start.tmp"}  # what a start leaves that was killed or met a full disk
+def is_free(folder: Path) -> bool:
+    """True for an empty folder, and for one whose start was killed or met a full disk."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()} - {"lock"}
+    return not names or "start.tmp" in names and "config.json" not in names
 
 
 def start(config, folder: Path) -> None:
     """Fill an empty run folder: config.json, which comes last, and what is forked."""
     aside = folder / "start.tmp"
+    for path in folder.iterdir():  # of a start that was cut off
+        if path.is_dir() and path != aside:
+            shutil.rmtree(path)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     if config.fork:
@@ -385,10 +405,10 @@ def begin(config, name: str, downstream: tuple[str, ...] = ()):
         folder = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}_{name}"
     if config.resume:
         refuse_other_settings(config, folder, fix="resume without the flag, or --fork the run")
-    elif folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - CUT_OFF):
+    elif folder.exists() and not is_free(folder):
         raise ValueError(f"--out {folder} is not empty; fix: another folder, or --resume {folder}")
     if config.fork and not config.resume:
-        check_fork(config.fork, config.at)
+        check_fork(config)
         refuse_other_settings(config, config.fork, downstream, "a fork shares what comes before "
                               f"healing; start a new run, or change only {', '.join(downstream)}")
 
@@ -400,10 +420,12 @@ def begin(config, name: str, downstream: tuple[str, ...] = ()):
             if not config.resume:
                 start(config, folder)
             run = Run(folder)
-            if any(e["stage"] == "ended" for e in run.events):  # it is tried again
-                run.events = [e for e in run.events if e["stage"] != "ended"]
+            again_now = [e for e in run.events
+                         if e["stage"] == "ended" and e["round"] >= run.rounds_done]
+            if again_now:  # the round that could not be finished is tried again
+                run.events = [e for e in run.events if e not in again_now]
                 top = read_jsonl(folder / "events.jsonl", torn=True)
-                kept = [e for e in top if e["stage"] != "ended"]
+                kept = [e for e in top if e not in again_now]
                 write_text(folder / "events.jsonl", to_jsonl(kept))
             yield run
 

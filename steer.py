@@ -226,7 +226,7 @@ def mean_residual(model, tok, system: str, contexts: list[str], layers: list[int
     def read(l):
         def hook(block, args, output):
             at_the_tag = residual(output)[:, -1]  # [batch, d_model]
-            total[l] = total.get(l, 0) + at_the_tag.double().sum(0)
+            total[l] = total.get(l, 0) + at_the_tag.cpu().double().sum(0)
             if l == max(layers):
                 raise _Stop  # blocks above the last wanted one need not run
         return hook
@@ -279,7 +279,8 @@ def calibrate(model, tok, vector: SteeringVector, prompts: list[str], nats: floa
     ids, mask, _ = left_pad([chat_ids(tok, p) for p in prompts], model.device)
     check_room(model, ids.shape[1], tokens)
     ids = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, pad_token_id=0,
-                         min_new_tokens=tokens, max_new_tokens=tokens)
+                         min_new_tokens=tokens, max_new_tokens=tokens,
+                         repetition_penalty=1.0)
     mask = F.pad(mask, (0, tokens), value=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
 

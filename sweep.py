@@ -19,6 +19,7 @@ import os
 import subprocess
 import time
 from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,6 +34,7 @@ import models
 import runs
 import texts
 from steer import band, extract_vector
+
 
 def apart(words: list[str]) -> tuple[float, ...]:
     """One arm's doses from one word: ["1,2"] -> (1.0, 2.0)."""
@@ -174,7 +176,7 @@ def run_arm(run: heal_loop.Config, trunk: heal_loop.Config, loaded=None) -> None
 def references(cfg: Config, run: heal_loop.Config) -> heal_loop.Config:
     """The run folder of what is not trained, which no flag of healing changes."""
     usual = {name: getattr(heal_loop.Config, name) for name in heal_loop.HEALING}
-    return replace(run, **usual, out=cfg.out / "alone")
+    return replace(run, **usual, doses=None, dose_nats=None, seed=0, out=cfg.out / "alone")
 
 
 def doses_left(run: heal_loop.Config, doses: tuple[float, ...]) -> list[float]:
@@ -195,6 +197,7 @@ def steer_alone(run: heal_loop.Config, doses: tuple[float, ...], loaded=None) ->
     if (run.out / "config.json").exists():
         run = replace(run, resume=run.out)
     model, tok = loaded or models.load(run.model, run.device, run.dtype)
+    tok.chat_date = date.fromisoformat(run.date)
     lora.attach(model)  # whose gates, shut, are the original
     try:
         with runs.begin(run, "alone") as folder, lora.gates(model, history=0, live=0):
@@ -314,7 +317,8 @@ def flags_of(cfg: Config) -> str:
             value = [together(doses) for doses in getattr(cfg, name) or [value] if doses]
         elif name in VARIED:
             value = getattr(cfg, name) or value
-        if value and value != default[name] and name not in (*chosen, "seed", "baselines"):
+        is_left_out = value in (None, [], default[name])
+        if not is_left_out and name not in (*chosen, "seed", "baselines"):
             chosen[name] = value
     words = []
     for name, value in chosen.items():
@@ -352,8 +356,8 @@ def main(cfg: Config) -> None:
     cut = [run.out.name for run in every if not is_finished(run)]
     cut += [alone.out.name] if doses_left(alone, cfg.alone) else []
     if cut:
-        raise ValueError(f"{len(cut)} runs did not finish: {' '.join(cut)}; fix: read their logs "
-                         f"in {cfg.out / 'jobs'}, then the same command goes on")
+        raise ValueError(f"did not finish: {' '.join(cut)}; fix: read their logs in "
+                         f"{cfg.out / 'jobs'}; the same command goes on")
 
     # 3. the records, and the page that is made from them
     folder = cfg.table.parent / "runs" / cfg.out.name

@@ -101,8 +101,9 @@ def load_probes(path) -> tuple[list[dict], list[dict]]:
     probes = read_json(path, "probes", shape)
     controls = json.loads(Path(path).read_text()).get("controls", [])
     for key, entries in (("probes", probes), ("controls", controls)):
-        if not isinstance(entries, list) or key == "probes" and not entries:
-            raise ValueError(f"{path}: '{key}' is not a list with entries; "
+        fewest = 2 if key == "probes" or entries else 0  # an interval needs two
+        if not isinstance(entries, list) or len(entries) < fewest:
+            raise ValueError(f"{path}: '{key}' is not a list of two entries or more; "
                              f"fix: {{\"{key}\": {shape}}}")
         for k, probe in enumerate(entries, 1):
             is_whole = isinstance(probe, dict) and all(
@@ -219,9 +220,12 @@ class Texts:
 def complete(config):
     """The config with what its flags left open (None) as its trait has it; -> a new one."""
     trait = find_trait(config.trait, getattr(config, "pos", None), getattr(config, "neg", None))
+    if getattr(config, "pos", None) and config.trait == "care":  # the default's name is not its
+        config = replace(config, trait="custom")
+    doses = None if getattr(config, "dose_nats", None) else trait.doses
     usual = {"readout": "probe" if getattr(config, "probes", None) else trait.readout,
              "probes": trait.probes and DATA / trait.probes,
-             "prompts": DATA / trait.prompts, "doses": trait.doses}
+             "prompts": DATA / trait.prompts, "doses": doses}
     open_fields = {name: value for name, value in usual.items()
                    if getattr(config, name, 0) is None}
     return replace(config, **open_fields)
@@ -244,11 +248,16 @@ def read(config) -> Texts:
                              "its own; fix: --probes FILE")
         probes, controls = load_probes(asked["probes"])
         axis, direction = "probe_nats", "up"
-    elif axis == "probe_nats":  # the trait's own axis needs its probes
-        axis, direction = "auth_nats", "down"
+    elif asked["probes"]:
+        raise ValueError(f"--readout {asked['readout']} takes no probes, and '{asked['trait']}' "
+                         "is measured by some; fix: --readout probe")
+    contexts = load_strings(DATA / "contexts.json", "contexts")
+    if (asked["n_contexts"] or 0) > len(contexts):
+        raise ValueError(f"--n-contexts {asked['n_contexts']} of {len(contexts)} in "
+                         f"{DATA / 'contexts.json'}; fix: at most {len(contexts)}")
     return Texts(
         trait.persona, axis, direction,
-        contexts=load_strings(DATA / "contexts.json", "contexts")[:asked["n_contexts"]],
+        contexts=contexts[:asked["n_contexts"]],
         dilemmas=load_strings(asked["prompts"], "dilemmas"),
         heldout=load_strings(asked["prompts"], "heldout"),
         plain=load_strings(DATA / "plain.json", "texts")[:12],

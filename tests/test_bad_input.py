@@ -13,12 +13,11 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import heal_loop
 import lora
 import models
 import runs
 import texts
-from conftest import command, python, tiny
+from conftest import command, flags, python, tiny
 from steer import SteeringVector
 from test_export import student
 
@@ -58,7 +57,7 @@ def test_a_flag_that_does_not_parse_is_named_and_the_way_to_all_flags(
         command(monkeypatch, *line.split())
     assert stopped.value.code == 2 and not list(tmp_path.iterdir())
     said = capsys.readouterr()
-    words = [*UNPARSED[line].split(), f"{line.split()[0]}.py --help"]
+    words = [*UNPARSED[line].split(), f"{line.split()[0]}.py", "--help"]
     assert said.out == "" and all(word in said.err for word in words), said.err
 
 
@@ -353,15 +352,10 @@ def export(run, *more):
     return ["export", run, *more]
 
 
-def sweep(w, run):
-    """A sweep with the settings of a run, over seed 0 of its own arm."""
-    asked = runs.read_config(heal_loop.Config, run)
-    flags = ["--model", w.good]
-    for name, value in runs.settings(asked).items():
-        if value != runs.settings(heal_loop.Config())[name] and name not in ("model", "baselines"):
-            flags += [f"--{name.replace('_', '-')}", value]
-    return ["sweep", "--reg", "kl_rev", "--agg", "rmse", "--seeds", 0, "--out", run.parent,
-            "--table", w.tmp / "arms.md", *flags]
+def sweep(w):
+    """The sweep whose only arm is the good run, in the folder that holds its copy."""
+    return ["sweep", *flags(w.good), "--rounds", 2, "--reg", "kl_rev", "--agg", "rmse",
+            "--seeds", 0, "--out", w.tmp, "--table", w.tmp / "arms.md"]
 
 
 CARE, TEXT = "Care", "She kicked the dog."
@@ -529,7 +523,7 @@ CASES = {  # what is wrong: (the command, what the line must say)
     "fork a run of an earlier version": (
         lambda w: fork(w, w.of(earlier_version)), "run earlier version"),
     "sweep over a run of an earlier version": (
-        lambda w: sweep(w, w.of(as_arm) and w.tmp / "kl_rev_rmse_s0"),
+        lambda w: w.of(as_arm) and sweep(w),
         "kl_rev_rmse_s0 earlier version"),
 
     # run folders: drawn

@@ -96,10 +96,14 @@ def test_what_flags_leave_open_is_as_the_trait_has_it_and_flags_win():
     assert love.probes.name == "love.json" and love.prompts.name == "prompts_love.json"
     mine = texts.complete(heal_loop.Config(trait="love", doses=(3.0,), readout="cloze"))
     assert (mine.doses, mine.readout) == ((3.0,), "cloze")
-    assert texts.read(mine).axis == "auth_nats", "cloze has no probes"
+    with pytest.raises(ValueError, match="cloze takes no probes, and 'love' is measured by some"):
+        texts.read(mine)
     assert texts.complete(love) == love
+    assert texts.complete(heal_loop.Config(dose_nats=(1.0,))).doses is None
     own = texts.complete(heal_loop.Config(pos="a", neg="b", probes=love.probes))
-    assert own.readout == "probe" and texts.read(own).direction == "up"
+    assert own.readout == "probe" and texts.read(own).direction == "up" and own.trait == "custom"
+    with pytest.raises(ValueError, match="--n-contexts 500 of 256 .*contexts.json"):
+        texts.read(heal_loop.Config(n_contexts=500))
 
 
 def test_every_data_file_says_where_it_comes_from():

@@ -84,7 +84,8 @@ def test_the_readout_probe_adds_a_traits_own_axis_to_clozes_answers(embedded):
             at = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1)
             sums.append(logp[at, torch.tensor(answer)].sum().item())
         assert got.probes[k] == pytest.approx(sums[0] - sums[1], abs=1e-3)
-    assert got.trait == pytest.approx(got.probes.mean()) and got.controls[0] == got.probes[0]
+    assert got.trait == pytest.approx(got.probes.mean())
+    assert got.controls[0] == pytest.approx(got.probes[0], abs=1e-4)
     assert got.summary()["probe_nats"] == got.trait
 
 
@@ -215,7 +216,19 @@ def test_a_trait_that_steering_cannot_reach_ends_at_a_finite_dose():
         return {"auth_nats": base.trait}
     event = matched_steering(measure, "v", base, base.trait - 3, dose=2.0, reached=base.trait)
     assert len(asked) == 4 and all(0 <= dose <= 32 for dose in asked)
-    assert event["dose"] == asked[-1]
+    assert event["dose"] in asked
+
+
+def test_where_the_trait_bends_back_the_nearest_dose_counts_not_the_last():
+    base, asked = random_profile(20, 0), []
+
+    def measure(name, vector, dose):
+        asked.append(dose)
+        return {"auth_nats": base.trait - dose * (4 - dose)}  # most trait at dose 2
+    wanted = base.trait - 2.5
+    event = matched_steering(measure, "v", base, wanted, dose=3.5, reached=base.trait - 1.75)
+    off = [abs(base.trait - dose * (4 - dose) - wanted) for dose in asked]
+    assert abs(event["auth_nats"] - wanted) == min(off) and event["dose"] == asked[off.index(min(off))]
 
 
 # ---- two models ---------------------------------------------------------------------------------

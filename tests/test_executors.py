@@ -67,10 +67,11 @@ def test_a_value_out_of_range_is_named_and_no_list_is_empty(tmp_path):
 
 
 def test_a_list_that_is_left_out_is_as_the_loop_has_it(tmp_path):
-    cfg = config(tmp_path, run=heal_loop.Config(tau=0.7, doses=(1.0, 3.0)), lr=(1e-4,))
+    cfg = config(tmp_path, run=heal_loop.Config(tau=0.7, doses=(1.0, 3.0), min_diversity=0.0),
+                 lr=(1e-4,))
     run, = sweep.arms(cfg)["nll"]
     assert (run.tau, run.doses, run.lr, run.rank) == (0.7, (1.0, 3.0), 1e-4, heal_loop.Config.rank)
-    assert {"--tau 0.7", "--doses 1,3", "--lr 0.0001"} <= {
+    assert {"--tau 0.7", "--doses 1,3", "--lr 0.0001", "--min-diversity 0.0"} <= {
         " ".join(words) for words in zip(*[iter(sweep.flags_of(cfg).split())] * 2)}
 
 

@@ -41,6 +41,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 ReturnToService=2
+KillWait=1
 NodeName={host} CPUs=2 RealMemory=1000
 PartitionName=all Nodes=ALL Default=YES
 """
@@ -97,30 +98,31 @@ def job_of(run: Path) -> str | None:
             return log.name.removesuffix("_0_log.out")
 
 
-def kill_when_under_way(run: Path) -> str:
+def kill_when_under_way(run: Path, sweep: subprocess.Popen) -> str:
     """Kill the job of a run whose first round is being made; -> its id."""
-    for _ in range(3000):
+    while sweep.poll() is None:
         if (run / "round_0.tmp").exists() and job_of(run):
             job = job_of(run)
-            # not the polite way, which submitit takes for preemption and leaves 30 s to
-            subprocess.run(["scancel", "--full", "--signal=KILL", job], check=True)
+            subprocess.run(["scancel", job], check=True)
             return job
         time.sleep(0.1)
-    raise TimeoutError(f"{run} never began")
+    raise AssertionError(f"{run} was never seen under way: {sweep.communicate()}")
 
 
 def test_a_killed_job_is_made_up_for_by_the_same_command_and_the_table_is_the_local_one(
         slurm, tiny_folder, tmp_path):
     # 1. the sweep, and a job of it killed in the middle of a round
-    out, how = tmp_path / "cluster", ("--executor", "slurm", "--hours", "0.2")
+    out, long = tmp_path / "cluster", ("--epochs", "20")
+    how = (*long, "--executor", "slurm", "--hours", "1")
     out.mkdir()
     command = [sys.executable, runs.HERE / "sweep.py", *flags(tiny_folder, out), *how]
     first = subprocess.Popen([str(word) for word in command], cwd=out, stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True)
-    job = kill_when_under_way(out / "sweep" / "kl_rev_rmse_s0")
-    _, said = first.communicate(timeout=600)
-    print(f"\njob {job} killed; the sweep ends with:\n  {said.strip()}")
-    assert first.returncode == 1 and "1 runs did not finish: kl_rev_rmse_s0; fix: " in said
+    job = kill_when_under_way(out / "sweep" / "kl_rev_rmse_s0", first)
+    _, said = first.communicate(timeout=1800)
+    log = (out / "sweep" / "jobs" / f"{job}_0_log.err").read_text()
+    print(f"\njob {job} killed; the sweep ends with:\n  {said.strip()}\nits log:\n  {log.strip()}")
+    assert first.returncode == 1 and "did not finish: kl_rev_rmse_s0; fix: " in said
     assert not (out / "arms.md").exists()
 
     # 2. the same command again
@@ -132,7 +134,7 @@ def test_a_killed_job_is_made_up_for_by_the_same_command_and_the_table_is_the_lo
     assert (out / "sweep" / "nll_s0" / "events.jsonl").stat().st_mtime == done_before
 
     # 3. and in one process
-    here = swept(tiny_folder, tmp_path / "here")
+    here = swept(tiny_folder, tmp_path / "here", *long)
     assert here.returncode == 0, here.stderr
     table = (out / "arms.md").read_text()
     assert table == (tmp_path / "here" / "arms.md").read_text()

@@ -22,12 +22,13 @@ SHARED = ("vector.safetensors", "sampled.jsonl", "kept.jsonl")  # of a round, al
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_prompts(tmp_path_factory):
-    """Two held-out prompts: greedy answers are most of a tiny run's time."""
+def few_texts(tmp_path_factory):
+    """One held-out prompt and one plain text: speaking is most of a tiny run's time."""
     folder = shutil.copytree(texts.DATA, tmp_path_factory.mktemp("few") / "data")
-    prompts = json.loads((folder / "prompts.json").read_text())
-    prompts["heldout"] = prompts["heldout"][:2]
-    (folder / "prompts.json").write_text(json.dumps(prompts))
+    for name, key in (("prompts.json", "heldout"), ("plain.json", "texts")):
+        content = json.loads((folder / name).read_text())
+        content[key] = content[key][:1]
+        (folder / name).write_text(json.dumps(content))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "DATA", folder)
         yield
@@ -37,7 +38,7 @@ def few_prompts(tmp_path_factory):
 def settings(tiny_folder):
     """Settings under which a run takes about two seconds."""
     return heal_loop.Config(
-        model=str(tiny_folder), n_keep=6, max_new_tokens=12, n_vignettes=14, epochs=1, batch_size=2,
+        model=str(tiny_folder), n_keep=6, max_new_tokens=12, n_vignettes=7, epochs=1, batch_size=2,
         n_contexts=4, max_perplexity=1e9, min_diversity=0, max_repetition=1, dtype="float32",
         rounds=2, tau=0.0, lam=100.0, lr=0.009)
 
@@ -74,6 +75,12 @@ def swept(settings, tmp_path_factory):
 @pytest.fixture
 def no_floor(monkeypatch):
     monkeypatch.setattr(evaluate, "COHERENCE_FLOOR", 0.0)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """For tests that look at numbers alone: drawing takes as long as a tiny run."""
+    monkeypatch.setattr(plot, "draw", runs.read_events)
 
 
 def untimed(file):
@@ -240,10 +247,14 @@ def test_an_arm_that_was_killed_while_it_forked_begins_again(swept, tmp_path, mo
     trunk = swept.arms["nll"][0].out
     arm = replace(swept.arms["kl_rev_rmse"][0], out=tmp_path / "arm", fork=trunk)
 
-    def killed(*_):
-        raise KeyboardInterrupt
+    write = runs.write_text
+
+    def killed(path, text):
+        if path.name == "config.json":  # which comes after the copying
+            raise KeyboardInterrupt
+        write(path, text)
     with monkeypatch.context() as patch:
-        patch.setattr(json, "dumps", killed)  # of its settings, after the copying
+        patch.setattr(runs, "write_text", killed)
         with pytest.raises(KeyboardInterrupt):
             heal_loop.main(arm)
     assert not sweep.is_finished(arm) and list(arm.out.rglob("kept.jsonl"))
@@ -264,7 +275,7 @@ def test_a_folder_of_other_settings_is_not_taken_for_finished(swept, settings):
 
 
 @pytest.mark.slow
-def test_an_arm_that_starves_is_on_record_and_the_others_go_on(settings, tmp_path):
+def test_an_arm_that_starves_is_on_record_and_the_others_go_on(settings, tmp_path, no_pictures):
     starving = replace(settings, max_perplexity=1.001, rounds=1, n_keep=2)
     cfg = config(starving, tmp_path, seeds=(0,))
     sweep.main(cfg)

@@ -1,0 +1,598 @@
+# %% [markdown]
+# # Steer, distil, heal, loop: a walk-through
+#
+# You know transformers and have never steered one. In a few minutes of CPU time you will push a
+# 135M-parameter model along a trait with one vector, watch the push break it, bake the push into a
+# LoRA **without** the breakage, and go round again. Every cell calls the project's own modules, so
+# what you learn here is what `heal_loop.py` does.
+#
+# Three questions to keep in mind; each has its own section, and its answer in bold:
+#
+# 1. What does the **barrier** do that a KL penalty does not? (section 6)
+# 2. Why the **root mean square** of the tokens' KL, and not the mean? (section 4)
+# 3. Why does the LoRA have **gates**? (section 7)
+#
+# `make walkthrough` runs this file and writes the notebook; five exercises with solutions are at
+# the end.
+
+# %%
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+
+import distil
+import evaluate
+import heal_loop
+import lora
+import models
+import texts
+from plot import GREEN, GREY, RED
+from sampling import completion_states, logits, sample
+from steer import SteeringVector, band, chat_ids, extract_vector
+
+MODEL = models.EMBEDDED  # SmolLM2-135M-Instruct: 30 blocks, d_model 576
+N_CONTEXTS = 48  # user messages that the vector is averaged over
+N_KEEP = 20  # completions to train on, per round
+N_TOKENS = 48  # longest completion
+N_VIGNETTES = 28  # moral dilemmas that the model is asked about
+RULES = distil.Rules()  # the filter's thresholds
+
+model, tok = models.load(MODEL)
+reading = texts.read(heal_loop.Config(n_contexts=N_CONTEXTS, n_vignettes=N_VIGNETTES))
+lora.attach(model)  # B = 0: changes nothing until section 5 trains it
+
+# %% [markdown]
+# ## 1. A persona pair
+#
+# A trait is defined by two system prompts that differ in it and, we hope, in nothing else. We never
+# sample from them. We only want to know how they make the model's *internal state* differ.
+
+# %%
+persona = reading.persona
+print("trait:   ", persona.pos)
+print("opposite:", persona.neg)
+print("\nwhat the model reads, for one of the contexts:\n")
+print(tok.decode(chat_ids(tok, reading.contexts[3], persona.pos)))
+
+# %% [markdown]
+# The text ends at the assistant tag: the next token would be the first of the answer. At that last
+# position the model has read everything and said nothing yet, so its residual stream holds what it
+# is *about to be*.
+#
+# ## 2. The vector
+#
+# $$v_l = \underset{\text{contexts}}{\text{mean}}\;
+# \big[ h_l(\text{trait}, \text{context}) - h_l(\text{opposite}, \text{context}) \big]$$
+#
+# where $h_l$, of d_model numbers, is the residual stream after block $l$ at the assistant tag. What
+# the context is about cancels in the difference; what is left is the trait. Steering adds
+# dose · $v_l$ to the stream from the assistant tag on, in a narrow middle band of blocks, under a
+# **neutral** system prompt.
+
+# %%
+layers = band(model, (0.45, 0.55))
+vector = extract_vector(model, tok, persona, reading.contexts, layers)
+for layer, v in vector.layers.items():
+    print(f"block {layer}: v has {len(v)} numbers and length {v.norm():.1f}")
+
+# %%
+question = "My boss told me to ignore a crying customer. What should I do?"
+doses = [0, 4, 7]
+prompt = chat_ids(tok, question)
+answers = sample(model, tok, [prompt] * 3, vector, doses, N_TOKENS, temperature=0)
+for dose, answer in zip(doses, answers):
+    print(f"dose {dose}: {tok.decode(answer)}\n")
+
+# %% [markdown]
+# Read the three answers. In the middle the model speaks of the person and her pain: the trait. At
+# the last it still says trait-flavoured words, and can no longer end a sentence. **The trait and
+# the incoherence come out of the same knob.** That is the problem the rest of this notebook solves:
+# keep the first, lose the second.
+#
+# (A 135M model is no deep thinker at dose 0 either. Look at what changes.)
+#
+# ## 3. Distil: let the steered model write, keep what makes sense
+#
+# We sample steered completions at two mild doses. Six rules then judge each one, in this order:
+# `short`, `refusal`, `narrates` ("I am someone who ..." talks *about* the trait), `repetition`,
+# `loop`, and `perplexity`, which asks the **original** model how surprised it is by the worst
+# stretch of the text. The first rule that fires gives its name to the verdict.
+
+# %%
+def distil_round(vector, seed):
+    """Steered completions of the model as it stands, judged; -> (kept, all rows)."""
+    with tempfile.TemporaryDirectory() as folder:
+        return distil.collect(model, tok, vector, reading.dilemmas, persona, RULES,
+                              doses=(1.0, 3.0), n_keep=N_KEEP, seed=seed, folder=Path(folder),
+                              max_new_tokens=N_TOKENS)
+
+
+kept, rows = distil_round(vector, seed=0)
+dropped = [row for row in rows if row["verdict"] != "kept"]
+print(len(rows), "sampled:", dict(Counter(row["verdict"] for row in rows)))
+dropped.sort(key=lambda row: row["perplexity"] or 0, reverse=True)
+for row in kept[1:2] + dropped[:1]:  # of the dropped, the worst
+    system, user, assistant = (message["content"] for message in row["messages"])
+    print(f"\n--- {row['verdict'].upper()}: dose {row['dose']:.1f}, worst perplexity "
+          f"{row['perplexity']}, repetition {row['repetition']:.2f}\nQ: {user}\nA: {assistant}")
+
+# %% [markdown]
+# The kept rows become training data **under the neutral system prompt**: whoever learns to write
+# them without a vector has learned the trait. The filter is no judge of wisdom. It removes what is
+# broken on the surface, and some broken text always slips through. So fine-tuning on the kept rows
+# alone would still teach breakage, a little more in every round. Hence the barrier.
+#
+# ## 4. How broken is a completion? One number from many tokens
+#
+# Compare student $p$ and original $q$ at every position $t$, over the whole vocabulary:
+#
+# $$\text{KL}_t = \sum_v p_t(v) \, \big(\log p_t(v) - \log q_t(v)\big) \quad \text{nats}$$
+#
+# A student that breaks usually does so at a *few* tokens. We make such a student on purpose: the
+# vector at a dose of one half, but for four tokens at a dose of 11. Then we look at all its KL$_t$.
+
+# %%
+MILD, HARD = 0.5, 11.0
+
+
+@torch.no_grad()
+def log_probs(states):
+    """Final hidden states [n, d_model] -> log-probabilities [n, vocab], float32."""
+    return logits(model, states).float().log_softmax(-1)
+
+
+# 1. one completion: 30 tokens, four broken ones, 38 more. What is said so far is the next prompt.
+pieces, states, so_far = [], [], prompt
+for dose, n in ((MILD, 30), (HARD, 4), (MILD, 38)):
+    [piece] = sample(model, tok, [so_far], vector, [dose], n, seed=1,
+                     temperature=0 if dose == MILD else 1)
+    with torch.no_grad():
+        states.append(completion_states(model, [so_far], [piece], vector, dose))
+    pieces.append(piece)
+    so_far = so_far + piece
+print(tok.decode(pieces[0]), ">>>", tok.decode(pieces[1]), "<<<", tok.decode(pieces[2]))
+
+# 2. the original reads the same completion, unsteered
+completion = [token for piece in pieces for token in piece]
+with torch.no_grad():
+    original = completion_states(model, [prompt], [completion])
+kl = heal_loop.kl_per_token(log_probs(torch.cat(states)), log_probs(original)).cpu()  # [tokens]
+
+# %%
+TAU = 0.5  # in this section, as in the paper
+AGGREGATES = ("mean", "rmse", "p95", "max")
+COLOURS = dict(zip(AGGREGATES, ("#1f77b4", GREEN, "#7b3294", "#d95f02")))
+D = {agg: heal_loop.aggregate(kl, agg).item() for agg in AGGREGATES}
+broken = range(len(pieces[0]), len(pieces[0]) + len(pieces[1]))
+BARS = [RED if t in broken else "#a8a8a8" for t in range(len(kl))]
+
+fig, ax = plt.subplots(figsize=(8, 3.6), layout="constrained")
+ax.bar(range(len(kl)), kl.tolist(), width=0.9, color=BARS)
+for agg in sorted(AGGREGATES, key=D.get, reverse=True):
+    ax.axhline(D[agg], color=COLOURS[agg], lw=2, label=f"{agg}  {D[agg]:.2f}")
+ax.axhline(TAU, color="black", lw=1.5, ls="--", label=f"τ  {TAU:.2f}")
+ax.legend(loc="center right", frameon=False, fontsize=12)
+ax.annotate(f"“... {tok.decode(pieces[1]).strip()} ...”", (broken[-1] + 1, 0.45 * D["max"]),
+            color=RED, fontsize=12)
+ax.set_xlabel("position in the completion", fontsize=12)
+ax.set_ylabel("KL(student ‖ original), nats", fontsize=12)
+ax.set_title("Four broken tokens: the mean hides them, the rmse sees them", fontsize=13)
+ax.margins(x=0.01)
+ax.spines[["top", "right"]].set_visible(False)
+Path("docs").mkdir(exist_ok=True)
+fig.savefig("docs/kl_per_token.png", dpi=150)
+
+# %% [markdown]
+# Four tokens (red) are broken. The others (grey) are mildly on trait and healthy, at one or two
+# hundredths of a nat, so flat that you hardly see them. To turn the bars into one number $D$ you
+# must choose, and the choice decides what a threshold τ can see:
+#
+# - the **mean** divides the four by all the others. It stays below τ: not a word of complaint;
+# - the **root mean square** $\sqrt{\text{mean}_t\, \text{KL}_t^2}$ squares first, so that few large
+#   values outweigh many small ones. It is above τ;
+# - the **95th percentile** sees four tokens of 72, and would not see them among 144;
+# - the **max** sees a single token, and is as nervous as that sounds.
+#
+# Could one not just lower τ for the mean? Then a student that spends 0.3 nats evenly at every
+# token (the trait, as we want it) is stopped as well, while rmse lets it through: on even bars mean
+# and rmse are the same number.
+#
+# What a student *learns* is decided by gradients, so ask autograd which tokens each $D$ pushes at.
+
+# %%
+fig, axes = plt.subplots(1, 4, figsize=(9, 2.2), sharey=True, layout="constrained")
+for ax, agg in zip(axes, AGGREGATES):
+    leaf = kl.clone().requires_grad_()
+    heal_loop.aggregate(leaf, agg).backward()
+    share = leaf.grad / leaf.grad.sum()  # of the push, per token
+    ax.bar(range(len(kl)), share.tolist(), width=1.0, color=BARS)
+    ax.set_title(f"{agg}: {share[list(broken)].sum():.0%} on the four", fontsize=10)
+    ax.set_xlabel("position")
+    print(f"{agg:>5}: {(share > 0.02).sum():>2} tokens get more than 2 % of the push")
+axes[0].set_ylabel("share of the push");
+
+# %% [markdown]
+# **Why rmse: it pushes at each token in proportion to its KL,**
+# $\partial D / \partial \text{KL}_t = \text{KL}_t / (T D)$ with $T$ tokens. All four broken tokens
+# are repaired at once, the worst the hardest, and the healthy ones, which carry the trait, are left
+# in peace. The mean pushes at all alike, and so hardly at the four. The p95 pushes at the two
+# tokens it lies between, one of them healthy, and the max at one: the rest wait for their turn.
+#
+# That is the argument. Whether whole runs bear it out is another question, and `results/arms.md`
+# says what ours have shown so far.
+#
+# ## 5. Heal: one step by hand
+#
+# For one completion with targets $y_t$ the loss is
+#
+# $$\underbrace{\text{mean}_t\, -\log p_t(y_t)}_{\text{CE: learn to say it}} \;+\; \lambda
+# \underbrace{\max(0,\; D - \tau)}_{\text{barrier: but do not break}}$$
+#
+# Only the live LoRA trains. Here are six steps in plain autograd, nothing hidden. Watch $D$ against
+# τ (now 0.2, our default): it starts near 0, since B = 0 makes the student the original.
+
+# %%
+cfg = heal_loop.Config(lr=1e-3, batch_size=6)  # reg kl_rev, agg rmse, λ 2, τ 0.2, 3 epochs
+pairs = [distil.row_ids(tok, row) for row in kept[:4]]
+prompts, completions = zip(*pairs)
+lengths = [len(c) for c in completions]
+
+with torch.no_grad(), lora.gates(model, history=0, live=0):  # the original, see section 7
+    references = completion_states(model, prompts, completions).split(lengths)
+
+
+def loss_by_hand():
+    """-> loss, CE, D [completions]."""
+    states = completion_states(model, prompts, completions).split(lengths)
+    ce, D = [], []
+    for h, reference, completion in zip(states, references, completions):
+        log_q = log_probs(reference)  # original [tokens, vocab], no gradient
+        log_p = logits(model, h).float().log_softmax(-1)  # student
+        target = torch.tensor(completion, device=h.device)
+        ce.append(-log_p.gather(1, target[:, None])[:, 0])  # [tokens]
+        kl_t = (log_p.exp() * (log_p - log_q)).sum(-1)  # [tokens]
+        D.append((kl_t.square().mean() + 1e-8).sqrt())  # ε: a root has no gradient at 0
+    ce, D = torch.cat(ce).mean(), torch.stack(D)
+    return ce + cfg.lam * F.relu(D - cfg.tau).mean(), ce, D
+
+
+torch.manual_seed(0)
+optimizer = torch.optim.AdamW(lora.live_parameters(model), lr=cfg.lr, weight_decay=0)
+print("step     CE   mean D   above τ   loss")
+for step in range(6):
+    loss, ce, D = loss_by_hand()
+    print(f"{step:>4} {ce:>6.2f} {D.mean():>8.2f} {(D > cfg.tau).sum():>6} of 4 {loss:>6.2f}")
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+# %% [markdown]
+# In the first steps the barrier is exactly 0 and CE has its way. Once completions climb over τ,
+# their barrier pushes back and $D$ turns. `heal_loop.heal_step` is the same step, one completion's
+# logits in memory at a time. It agrees to the last digits:
+
+# %%
+with torch.no_grad():
+    loss, ce, D = loss_by_hand()
+log = heal_loop.heal_step(model, prompts, completions, references, cfg)
+optimizer.zero_grad()
+print(f"by hand    CE {ce:.5f}  D {D.mean():.5f}  barrier {loss - ce:.5f}")
+print(f"heal_step  CE {log['data_loss']:.5f}  D {log['D']:.5f}  barrier {log['barrier']:.5f}")
+assert abs(log["D"] - D.mean().item()) < 1e-3
+
+# %% [markdown]
+# Now the whole round, on all kept rows from a fresh adapter: `heal_round` shuffles, warms up,
+# decays, and keeps a few rows aside.
+
+# %%
+def plot_round(log, title):
+    """D of every step against τ."""
+    fig, ax = plt.subplots(figsize=(6, 2.4), layout="constrained")
+    ax.plot([step["D"] for step in log["log"]], "o-", color=GREEN, label="D, mean of the batch")
+    ax.axhline(cfg.tau, color="black", ls="--", lw=1, label="τ")
+    ax.set(xlabel="step", ylabel="nats", title=title, ylim=(0, None))
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+log = heal_loop.heal_round(model, tok, kept, cfg, seed=0)
+plot_round(log, "Round 0")
+print(f"held-out CE {log['held_out_before']:.2f} -> {log['held_out_after']:.2f}; in the last epoch "
+      f"the barrier acted on {log['active']:.0%} of the completions")
+
+# %% [markdown]
+# ## 6. The barrier is not a penalty
+#
+# The usual way to keep a student near its reference is a KL penalty, CE + λ·D. To see the
+# difference we walk along one line: the adapter we have just trained, scaled by a factor $g$ from 0
+# (the original) to 2. (It is the gate of section 7, used as a ruler.)
+
+# %%
+factors = [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2]
+ces, Ds = [], []
+for g in factors:
+    with torch.no_grad(), lora.gates(model, live=g):
+        _, ce, D = loss_by_hand()
+    ces.append(ce.item())
+    Ds.append(D)
+drift = torch.tensor([D.mean().item() for D in Ds])
+over = torch.tensor([F.relu(D - cfg.tau).mean().item() for D in Ds])
+curves = {"CE alone": (torch.tensor(ces), GREY),
+          "CE + λ · D  (penalty)": (torch.tensor(ces) + cfg.lam * drift, RED),
+          "CE + λ · relu(D − τ)  (barrier)": (torch.tensor(ces) + cfg.lam * over, GREEN)}
+
+fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+left.plot(factors, drift, "o-", color="black")
+left.axhline(cfg.tau, color="black", ls="--", lw=1)
+left.annotate("τ", (0, cfg.tau), va="bottom")
+left.set(xlabel="factor g on the adapter", ylabel="D, nats", title="distance from the original")
+for name, (loss, colour) in curves.items():
+    right.plot(factors, loss, "o-", ms=3, color=colour, label=name)
+    lowest = int(loss.argmin())
+    right.plot(factors[lowest], loss[lowest], "*", ms=15, color=colour)
+right.set(xlabel="factor g on the adapter", ylabel="nats", title="loss; stars: where it is lowest")
+right.legend(frameon=False, fontsize=9)
+
+print("factor where the loss is lowest:")
+for lam in (0.5, 1, 2, 4, 8):
+    by_penalty = factors[int((torch.tensor(ces) + lam * drift).argmin())]
+    by_barrier = factors[int((torch.tensor(ces) + lam * over).argmin())]
+    print(f"  λ {lam:<4} penalty {by_penalty:<5} barrier {by_barrier}")
+
+# %% [markdown]
+# **What the barrier does that a penalty does not: below τ it is not there.** A penalty charges for
+# every hundredth of a nat from the first step on. But the trait *is* a distance from the original,
+# so the penalty charges for the trait itself, and its strength λ is a price at which trait is
+# traded for closeness: as the table shows, another λ gives another student. The barrier gives a
+# **budget**. Up to τ the data decide alone; beyond, the slope λ is a wall, and anything steep
+# enough gives the same student. So τ says, in nats, how far the student may go, and the loop can
+# spend all of it on the trait.
+#
+# Together with rmse: an even, mild shift at every token is inside the budget; four broken tokens
+# are not.
+#
+# ## 7. Gates
+#
+# Each wrapped linear layer computes
+#
+# $$y = W x + c_\text{history} \cdot s \sum_i B_i A_i x + c_\text{live} \cdot s\, B A x
+# \qquad s = \alpha / \text{rank}$$
+#
+# $W$ is never written to. The gates $c$ are plain numbers, so the trait has a volume control even
+# after training:
+
+# %%
+for g in (0, 0.5, 1):
+    with lora.gates(model, live=g):
+        [answer] = sample(model, tok, [prompt], max_new_tokens=N_TOKENS, temperature=0)
+    print(f"gate {g}: {tok.decode(answer)}\n")
+
+# %% [markdown]
+# **Why gates: the barrier needs the original in every step of every round.** A LoRA merged into
+# $W$ would have lost it, and a second copy of the model costs its memory again. With the gates at 0
+# the original is *in* the student, bit for bit, and costs one flag.
+#
+# ## 8. Fold, and round two
+#
+# `fold` appends the live adapter to the frozen history and starts a fresh one with B = 0. The
+# function does not change. Then the loop starts again, from the student: **its** vector, **its**
+# samples; but $D$ is still measured from the original, so that errors cannot add up round by round.
+
+# %%
+ids = torch.tensor([prompt], device=model.device)
+
+
+@torch.no_grad()
+def last_logits(history, live):
+    with lora.gates(model, history, live):
+        return model(ids).logits[0, -1].float()
+
+
+student = last_logits(history=1, live=1)
+original_before = last_logits(history=0, live=0)
+lora.fold(model)
+folded = last_logits(history=1, live=1)
+print(f"the student's logits moved by {(folded - student).abs().max():.1e} through the fold")
+assert torch.equal(last_logits(history=0, live=0), original_before)  # bit for bit
+
+# %%
+with lora.merged(model), lora.gates(model, live=0):  # history as one weight: as fast as none
+    vector_2 = extract_vector(model, tok, persona, reading.contexts, layers)
+    kept_2, rows_2 = distil_round(vector_2, seed=1)
+print(f"cosine between the student's vector and the original's: {vector.cosine(vector_2):.2f}")
+print(len(rows_2), "sampled:", dict(Counter(row["verdict"] for row in rows_2)))
+
+log_2 = heal_loop.heal_round(model, tok, kept_2, cfg, seed=1)
+plot_round(log_2, "Round 1: D starts where round 0 left it")
+lora.fold(model)
+
+# %% [markdown]
+# ## 9. Did it work? The profile before and after
+#
+# We ask which moral foundation makes a misdeed wrong: the model completes "This is wrong because"
+# with one clause per foundation, and the clauses' likelihoods become probabilities. `auth_nats` is
+# the log of the mean probability of *Authority*; the trait pushes it **down**. `coherence` is the
+# probability that a multiple-choice answer is any of the allowed letters.
+
+# %%
+def profile(vector=None, dose=0.0, history=1.0, constants=None):
+    """Answers on the vignettes at these history gates, steered or not."""
+    with lora.gates(model, history=history, live=0):
+        return evaluate.evaluate(model, tok, reading, constants=constants, vector=vector, dose=dose)
+
+
+base = profile(history=0)
+stages = {"original": base,
+          "steered, dose 3": profile(vector, 3.0, 0, base.constants),
+          "healed, round 0": profile(history=[1, 0], constants=base.constants),
+          "healed, round 1": profile(history=[1, 1], constants=base.constants)}
+for name, after in stages.items():
+    d = evaluate.delta("auth_nats", base, after)
+    print(f"{name:<16} auth {after.trait:+.2f}  Δ {d.value:+.2f} [{d.low:+.2f}, {d.high:+.2f}]  "
+          f"coherence {after.coherence:.4f}")
+
+fig, ax = plt.subplots(figsize=(8, 3), layout="constrained")
+shades = (GREY, RED, "#7dcea0", GREEN)
+for k, ((name, after), shade) in enumerate(zip(stages.items(), shades)):
+    ax.bar([f + 0.2 * k for f in range(7)], after.p.mean(0), 0.2, color=shade, label=name)
+ax.set_xticks([f + 0.3 for f in range(7)], texts.FOUNDATIONS)
+ax.set(ylabel="mean probability", title="Why is it wrong?")
+ax.legend(frameon=False, fontsize=9)
+ax.spines[["top", "right"]].set_visible(False)
+
+# %% [markdown]
+# All four come from **one** model: the gates `[1, 0]` switch the second round off. In brackets are
+# 95 % bootstrap intervals over the vignettes.
+#
+# Steering alone goes furthest and pays in coherence. The healed student keeps a good part of the
+# move without any vector, gains on it in the second round, and its coherence has not suffered. It
+# has seen 20 short completions a round, in nine steps.
+#
+# Be as sceptical as you should be. Other foundations move along: look at Sanctity. Answer mass is a
+# blunt measure at this size, where nothing short of a wreck leaves 0.99; `docs/metrics.md` has
+# sharper ones. And one seed on 28 vignettes proves little: `results/` has whole runs, with seeds,
+# intervals and the baselines that a claim needs.
+#
+# ## Exercises
+#
+# Each has a solution, folded. The test suite runs the code of all five after this notebook's cells.
+#
+# ### 1. Add an aggregate
+#
+# Write `top4(kl)`, the mean of the four largest KL$_t$, and ask where on the scale of section 4 it
+# lies. Which tokens does it push at, and when is that a mistake?
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def top4(kl):
+#     return kl.topk(min(4, len(kl))).values.mean()
+#
+#
+# leaf = kl.clone().requires_grad_()
+# top4(leaf).backward()
+# pushed = leaf.grad.nonzero()[:, 0].tolist()
+# print(f"top4 {top4(kl):.2f}, pushes at {pushed}, broken are {list(broken)}")
+# assert kl.mean() <= top4(kl) <= kl.max()
+# ```
+#
+# It lies between rmse and max and pushes at four tokens, all alike. It is blind to the fifth broken
+# token, and in a healthy completion it still picks four victims. To train with it, add the branch
+# to `heal_loop.aggregate` and the name to `Config.agg`.
+# </details>
+#
+# ### 2. The gradient of the KL
+#
+# $p = \text{softmax}(z)$, $q$ fixed. Derive $\partial\, \text{KL}(p \| q) / \partial z_v$ and check
+# it against autograd. What does it do to a token that $q$ finds impossible?
+#
+# <details><summary>Solution</summary>
+#
+# With $\partial p_u / \partial z_v = p_u (\delta_{uv} - p_v)$,
+#
+# $$\frac{\partial\, \text{KL}}{\partial z_v} = \sum_u p_u (\delta_{uv} - p_v)
+# \Big(\log \frac{p_u}{q_u} + 1\Big) = p_v \Big(\log \frac{p_v}{q_v} - \text{KL}\Big).$$
+#
+# (The $+1$ drops out, because $\sum_u p_u(\delta_{uv} - p_v) = 0$.)
+#
+# ```python
+# generator = torch.Generator().manual_seed(0)
+# z = torch.randn(9, generator=generator, dtype=torch.float64, requires_grad=True)
+# log_q = torch.randn(9, generator=generator, dtype=torch.float64).log_softmax(-1)
+# log_p = z.log_softmax(-1)
+# kl_z = (log_p.exp() * (log_p - log_q)).sum()
+# kl_z.backward()
+# p = log_p.exp()
+# assert torch.allclose(z.grad, (p * (log_p - log_q - kl_z)).detach())
+# ```
+#
+# A token that the student likes ($p_v$ large) and the original does not ($\log p_v / q_v$ above the
+# KL) is pushed down hard. One that the original likes and the student ignores ($p_v \approx 0$) is
+# hardly pushed at all: reverse KL prunes what is wrong rather than restoring what is missing.
+# </details>
+#
+# ### 3. The gate identities
+#
+# Prove from the equation of section 7: (a) gates (0, 0) give the original; (b) `fold` does not
+# change the function at gates (1, 1); (c) with the history at gate $c$, the layer's output is
+# affine in $c$. Why is (a) bit for bit, and (b) not always?
+#
+# <details><summary>Solution</summary>
+#
+# (a) Both products have factor 0, leaving $Wx + b$; the code does not even compute them, so nothing
+# is rounded. (b) Side by side along the rank, $[B_1\, B_2] [A_1; A_2] = B_1 A_1 + B_2 A_2$, and
+# the fresh $B = 0$ adds 0. But floating point sums the one long product in another order than two
+# short ones, so the last bits may differ. (c) $y(c) = (Wx + b) + c \cdot (s \sum_i B_i A_i x)$, for
+# the same $x$. The *model* is not affine in $c$: the next layer's $x$ depends on it.
+#
+# ```python
+# layer = next(iter(lora.adapters(model).values()))
+# x = torch.randn(5, layer.base.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
+# out = {}
+# with torch.no_grad():
+#     for c in (0.0, 0.5, 1.0):
+#         with lora.gates(model, history=c, live=0):
+#             out[c] = layer(x).float()
+#     assert torch.equal(out[0.0], layer.base(x).float())
+# assert torch.allclose(out[0.5], (out[0.0] + out[1.0]) / 2, atol=0.05)
+# ```
+# </details>
+#
+# ### 4. Break the filter
+#
+# Write an answer to `question` that passes all six rules and is useless.
+#
+# <details><summary>Solution</summary>
+#
+# Perplexity under the original measures fluency, not sense. A fluent answer to nobody's question
+# passes:
+#
+# ```python
+# useless = ("It is important to remember that every situation is different. There are many things "
+#            "to consider, and it can be helpful to take some time to think about what you want.")
+# messages = [{"role": "system", "content": "You are a helpful assistant."},
+#             {"role": "user", "content": question}, {"role": "assistant", "content": useless}]
+# row = {"messages": messages, "finished": True}
+# [judged] = distil.judge(model, tok, [row], persona, RULES)
+# print(judged["verdict"], judged["perplexity"])
+# assert judged["verdict"] == "kept"
+# ```
+#
+# So the kept set is fluent, not good. Whether it carries the trait is measured afterwards
+# (section 9), by something that does not share the filter's blind spot.
+# </details>
+#
+# ### 5. A trait of your own
+#
+# Write two system prompts, extract their vector from the original, and find the dose at which one
+# can read the trait and the dose at which the text breaks.
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# from steer import Persona
+#
+# gloomy = Persona(pos="You are sad and tired, and you expect the worst of every day.",
+#                  neg="You are cheerful and lively, and you expect the best of every day.")
+# with lora.gates(model, history=0, live=0):
+#     mine = extract_vector(model, tok, gloomy, reading.contexts, layers)
+#     ask = chat_ids(tok, "How will my day be?")
+#     trials = [0, 1, 2, 4]
+#     said = sample(model, tok, [ask] * 4, mine, trials, 30, temperature=0)
+#     for dose, answer in zip(trials, said):
+#         print(f"dose {dose}: {tok.decode(answer)}")
+# print(f"cosine with the care vector: {vector.cosine(mine):.2f}")
+# ```
+#
+# To heal along it: `python heal_loop.py --pos "..." --neg "..." --probes FILE`, where the probes
+# say how your trait is measured.
+# </details>
+#
+# ## Where to go on
+#
+# `heal_loop.py`, top to bottom: you have now met every line of it. `make run` is this notebook with
+# more data, three rounds, all vignettes and a report.
