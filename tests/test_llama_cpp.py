@@ -71,11 +71,11 @@ def student(embedded):
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
         for m in lora.adapters(model).values():
-            m.B.data = 0.03 * torch.randn(m.B.shape, generator=generator)
+            m.B.data = 0.15 * torch.randn(m.B.shape, generator=generator)
         lora.fold(model)
     with lora.gates(model, history=0):
         original = ours(model, tok)
-    assert all(a != b for a, b in zip(original, ours(model, tok))), "the rounds must show"
+    assert original != ours(model, tok), "the rounds must show"
     yield model, tok
     lora.detach(model)
 
