@@ -195,9 +195,10 @@ def label_axes(trait, broken, both, last: int, base: Profile) -> None:
         axis.set_xticks(range(-1, last + 1), ["base", *range(last + 1)])
     trait.axhline(0, color=GREY, linewidth=0.6)
     trait.set(title="trait", xlabel="round", ylabel=moved)
-    broken.set(title="sampled answers (lower = more coherent)", xlabel="round", ylabel=lost,
+    broken.set(title="sampled answers (low = near the original)", xlabel="round", ylabel=lost,
                yscale="log")
-    both.set(title="map (numbers: rounds)", xlabel=moved, ylabel=lost, yscale="log")
+    both.set(title="map (numbers: rounds)", ylabel=lost, yscale="log",
+             xlabel=f"Δ {NAMES[base.axis]} (nats; right = more trait)")
     if base.direction == "down":  # more of the trait is always to the right
         both.invert_xaxis()
 
@@ -216,7 +217,7 @@ def label_axes(trait, broken, both, last: int, base: Profile) -> None:
         axis.spines[["top", "right"]].set_visible(False)
 
 
-def steps(events: list[dict]) -> Figure:
+def steps(events: list[dict], tau: float) -> Figure:
     """Loss and divergence over the steps of every round; D should settle at or below τ."""
     fig = Figure(figsize=(7.2, 2.2), layout="constrained")
     loss, divergence = fig.subplots(1, 2)
@@ -234,6 +235,8 @@ def steps(events: list[dict]) -> Figure:
             axis.annotate(f"round {e['round']}", (start, 0.97), xycoords=("data", "axes fraction"),
                           fontsize=7, va="top", xytext=(3, 0), textcoords="offset points")
         start += len(e["log"])
+    divergence.axhline(tau, color="black", linewidth=0.8, linestyle="--")
+    divergence.annotate("τ", (0, tau), xytext=(-6, 2), textcoords="offset points", fontsize=8)
     loss.set(title="CE on the kept completions", xlabel="step", ylabel="nats per token")
     divergence.set(title="D of a batch: mean and largest", xlabel="step", ylabel="nats")
     for axis in (loss, divergence):
@@ -277,7 +280,7 @@ REPORT = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>steer, heal, loop: {{ config.trait }}</title>
 <style>
-body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#222}
+body{font:15px/1.5 system-ui,sans-serif;max-width:84rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{font-size:1.5rem} h2{font-size:1.15rem;margin-top:2.2rem}
 h3{font-size:1rem;margin:1.6rem 0 .3rem}
 table{border-collapse:collapse;font-size:.82rem;font-variant-numeric:tabular-nums}
@@ -388,7 +391,7 @@ def report(run: Path, events: list[dict], config: dict) -> str:
     return REPORT.render(
         config=config, n=len(points[0].profile.ids), head=head(points[0].profile.axis),
         rows=table_rows(events), said=said, findings=findings(events), colour=COLOUR, ended=ended,
-        png=as_text(trajectory(events)), steps=as_text(steps(events)), border=at_the_border(run),
+        png=as_text(trajectory(events)), steps=as_text(steps(events, config["tau"])), border=at_the_border(run),
         heal_head=HEAL_HEAD, heal_rows=heal_rows(run, events))
 
 

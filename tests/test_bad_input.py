@@ -93,6 +93,8 @@ RANGES = {  # what is wrong: (the command, what the line must say)
         "heal_loop --reg wd --weight-decay 1e5", "--weight-decay 100000.0 1 / lr"),
     "lr is zero": ("heal_loop --lr 0", "--lr 0.0"),
     "lr is one": ("heal_loop --lr 1", "--lr 1.0"),
+    "two kinds of dose": ("heal_loop --doses 1 --dose-nats 1", "--doses --dose-nats one"),
+    "a fork's round, no fork": ("heal_loop --at 2", "--at 2 --fork"),
     "no epoch": ("heal_loop --epochs 0", "--epochs 0"),
     "batch of none": ("heal_loop --batch-size 0", "--batch-size 0"),
     "more vignettes than there are": (
@@ -511,7 +513,9 @@ CASES = {  # what is wrong: (the command, what the line must say)
     # run folders: forked
     "fork what is no run": (lambda w: fork(w, w.tmp), "config.json --out"),
     "fork a round that is not there": (
-        lambda w: fork(w, w.run, "--at", 2), "--at 2 2 finished at most 1"),
+        lambda w: fork(w, w.run, "--at", 2, "--rounds", 4), "--at 2 2 finished at most 1"),
+    "fork with no round to heal": (
+        lambda w: fork(w, w.run, "--at", 1, "--rounds", 1), "--rounds 1 --at 1 2 or more"),
     "fork a run before its first healing": (
         lambda w: fork(w, w.of(unbegun)), "--at 0 0 a run with a finished round"),
     "fork with another setting before healing": (

@@ -262,7 +262,7 @@ def test_a_folder_of_other_settings_is_not_taken_for_finished(swept, settings):
 @pytest.mark.slow
 def test_an_arm_that_starves_is_on_record_and_the_others_go_on(settings, tmp_path, no_pictures):
     starving = replace(settings, max_perplexity=1.001, rounds=1, n_keep=2)
-    cfg = config(starving, tmp_path, seeds=(0,))
+    cfg = config(starving, tmp_path, seeds=(0,), alone=())
     sweep.main(cfg)
     said = cfg.table.read_text()
     for arm in ("nll", "kl_rev_rmse"):
