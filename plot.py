@@ -391,7 +391,8 @@ def report(run: Path, events: list[dict], config: dict) -> str:
     return REPORT.render(
         config=config, n=len(points[0].profile.ids), head=head(points[0].profile.axis),
         rows=table_rows(events), said=said, findings=findings(events), colour=COLOUR, ended=ended,
-        png=as_text(trajectory(events)), steps=as_text(steps(events, config["tau"])), border=at_the_border(run),
+        png=as_text(trajectory(events)), steps=as_text(steps(events, config["tau"])),
+        border=at_the_border(run),
         heal_head=HEAL_HEAD, heal_rows=heal_rows(run, events))
 
 

@@ -141,7 +141,9 @@ def completion_states(model, prompts: list[list[int]], completions: list[list[in
     gradients included. Completions are padded on the right, where a causal model never looks.
     Prompt and completion are joined as ids: tokenised in one piece they could merge.
     vector: acts from the prompt's last token on, the assistant tag, as in `sample`.
+    Raises ValueError for a row that exceeds the model's context.
     """
+    check_room(model, max(len(p) + len(c) for p, c in zip(prompts, completions)))
     longest = max(map(len, completions))
     shifted = [c[:-1] + [0] * (longest - len(c)) for c in completions]  # t predicts t + 1
     if is_hybrid(model):
