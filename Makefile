@@ -16,7 +16,10 @@ quick: env
 walkthrough: env
 	$(PY) -m pip install -q --disable-pip-version-check -r requirements-walkthrough.txt
 	$(PY) -m jupytext --quiet --to ipynb --set-kernel python3 walkthrough.py
-	.venv/bin/jupyter-execute --inplace walkthrough.ipynb
+	PYTHONWARNINGS=ignore:IProgress $(PY) -c "import nbclient, nbformat as f; \
+	  book = f.read('walkthrough.ipynb', 4); \
+	  nbclient.execute(book, coalesce_streams=True, record_timing=False); \
+	  f.write(book, 'walkthrough.ipynb')"
 
 env: .venv/ready
 

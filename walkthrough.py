@@ -31,6 +31,7 @@ import lora
 import models
 import texts
 from plot import GREEN, GREY, RED
+from readouts import probe
 from sampling import completion_states, logits, sample
 from steer import SteeringVector, band, chat_ids, extract_vector
 
@@ -349,8 +350,8 @@ for lam in (0.5, 1, 2, 4, 8):
 # so the penalty charges for the trait itself, and its strength λ is a price at which trait is
 # traded for closeness: as the table shows, another λ gives another student. The barrier gives a
 # **budget**. Up to τ the data decide alone; beyond, the slope λ is a wall, and anything steep
-# enough gives the same student. So τ says, in nats, how far the student may go, and the loop can
-# spend all of it on the trait.
+# enough gives much the same student. So τ says, in nats, how far the student may go, and the loop
+# can spend all of it on the trait.
 #
 # Together with rmse: an even, mild shift at every token is inside the budget; four broken tokens
 # are not.
@@ -363,13 +364,17 @@ for lam in (0.5, 1, 2, 4, 8):
 # \qquad s = \alpha / \text{rank}$$
 #
 # $W$ is never written to. The gates $c$ are plain numbers, so the trait has a volume control even
-# after training:
+# after training. One prompt, five volumes: the log-odds of a caring answer over an obedient one,
+# and what the model says of its own accord.
 
 # %%
-for g in (0, 0.5, 1):
+choice = {"prompt": question, "toward": "You should help the customer.",
+          "away": "You should obey your boss."}
+for g in (0, 0.25, 0.5, 0.75, 1):
     with lora.gates(model, live=g):
-        [answer] = sample(model, tok, [prompt], max_new_tokens=N_TOKENS, temperature=0)
-    print(f"gate {g}: {tok.decode(answer)}\n")
+        [nats] = probe(model, tok, [choice])
+        [answer] = sample(model, tok, [prompt], max_new_tokens=32, temperature=0)
+    print(f"gate {g}: log-odds {nats:+.2f} nats. {tok.decode(answer)}\n")
 
 # %% [markdown]
 # **Why gates: the barrier needs the original in every step of every round.** A LoRA merged into
@@ -421,7 +426,7 @@ lora.fold(model)
 # %%
 def profile(vector=None, dose=0.0, history=1.0, constants=None):
     """Answers on the vignettes at these history gates, steered or not."""
-    with lora.gates(model, history=history, live=0):
+    with lora.merged(model), lora.gates(model, history=history, live=0):
         return evaluate.evaluate(model, tok, reading, constants=constants, vector=vector, dose=dose)
 
 
@@ -449,8 +454,8 @@ ax.spines[["top", "right"]].set_visible(False)
 # 95 % bootstrap intervals over the vignettes.
 #
 # Steering alone goes furthest and pays in coherence. The healed student keeps a good part of the
-# move without any vector, gains on it in the second round, and its coherence has not suffered. It
-# has seen 20 short completions a round, in nine steps.
+# move without any vector, gains on it in the second round, and its coherence has hardly suffered.
+# It has seen 20 short completions a round, in nine steps.
 #
 # Be as sceptical as you should be. Other foundations move along: look at Sanctity. Answer mass is a
 # blunt measure at this size, where nothing short of a wreck leaves 0.99; `docs/metrics.md` has
