@@ -17,6 +17,7 @@
 
 # %%
 import tempfile
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -33,7 +34,7 @@ import texts
 from plot import GREEN, GREY, RED
 from readouts import probe
 from sampling import completion_states, logits, sample
-from steer import SteeringVector, band, chat_ids, extract_vector
+from steer import band, chat_ids, extract_vector
 
 MODEL = models.EMBEDDED  # SmolLM2-135M-Instruct: 30 blocks, d_model 576
 N_CONTEXTS = 48  # user messages that the vector is averaged over
@@ -46,6 +47,11 @@ model, tok = models.load(MODEL)
 reading = texts.read(heal_loop.Config(n_contexts=N_CONTEXTS, n_vignettes=N_VIGNETTES))
 lora.attach(model)  # B = 0: changes nothing until section 5 trains it
 
+
+def show(name, text):
+    print(textwrap.fill(f"{name}: {text}", 96), end="\n\n")
+
+
 # %% [markdown]
 # ## 1. A persona pair
 #
@@ -54,9 +60,9 @@ lora.attach(model)  # B = 0: changes nothing until section 5 trains it
 
 # %%
 persona = reading.persona
-print("trait:   ", persona.pos)
-print("opposite:", persona.neg)
-print("\nwhat the model reads, for one of the contexts:\n")
+show("trait", persona.pos)
+show("opposite", persona.neg)
+print("what the model reads, for one of the contexts:\n")
 print(tok.decode(chat_ids(tok, reading.contexts[3], persona.pos)))
 
 # %% [markdown]
@@ -86,7 +92,7 @@ doses = [0, 4, 7]
 prompt = chat_ids(tok, question)
 answers = sample(model, tok, [prompt] * 3, vector, doses, N_TOKENS, temperature=0)
 for dose, answer in zip(doses, answers):
-    print(f"dose {dose}: {tok.decode(answer)}\n")
+    show(f"dose {dose}", tok.decode(answer))
 
 # %% [markdown]
 # Read the three answers. In the middle the model speaks of the person and her pain: the trait. At
@@ -98,10 +104,10 @@ for dose, answer in zip(doses, answers):
 #
 # ## 3. Distil: let the steered model write, keep what makes sense
 #
-# We sample steered completions at two mild doses. Six rules then judge each one, in this order:
-# `short`, `refusal`, `narrates` ("I am someone who ..." talks *about* the trait), `repetition`,
-# `loop`, and `perplexity`, which asks the **original** model how surprised it is by the worst
-# stretch of the text. The first rule that fires gives its name to the verdict.
+# We sample steered completions at two doses below the break, 1 and 3. Six rules then judge each
+# one, in this order: `short`, `refusal`, `narrates` ("I am someone who ..." talks *about* the
+# trait), `repetition`, `loop`, and `perplexity`, which asks the **original** model how surprised it
+# is by the worst stretch of the text. The first rule that fires gives its name to the verdict.
 
 # %%
 def distil_round(vector, seed):
@@ -119,7 +125,9 @@ dropped.sort(key=lambda row: row["perplexity"] or 0, reverse=True)
 for row in kept[1:2] + dropped[:1]:  # of the dropped, the worst
     system, user, assistant = (message["content"] for message in row["messages"])
     print(f"\n--- {row['verdict'].upper()}: dose {row['dose']:.1f}, worst perplexity "
-          f"{row['perplexity']}, repetition {row['repetition']:.2f}\nQ: {user}\nA: {assistant}")
+          f"{row['perplexity']:.1f}, repetition {row['repetition']:.2f}")
+    show("Q", user)
+    show("A", assistant)
 
 # %% [markdown]
 # The kept rows become training data **under the neutral system prompt**: whoever learns to write
@@ -155,7 +163,7 @@ for dose, n in ((MILD, 30), (HARD, 4), (MILD, 38)):
         states.append(completion_states(model, [so_far], [piece], vector, dose))
     pieces.append(piece)
     so_far = so_far + piece
-print(tok.decode(pieces[0]), ">>>", tok.decode(pieces[1]), "<<<", tok.decode(pieces[2]))
+show("completion", " >>> ".join(tok.decode(piece) for piece in pieces))
 
 # 2. the original reads the same completion, unsteered
 completion = [token for piece in pieces for token in piece]
@@ -374,7 +382,7 @@ for g in (0, 0.25, 0.5, 0.75, 1):
     with lora.gates(model, live=g):
         [nats] = probe(model, tok, [choice])
         [answer] = sample(model, tok, [prompt], max_new_tokens=32, temperature=0)
-    print(f"gate {g}: log-odds {nats:+.2f} nats. {tok.decode(answer)}\n")
+    show(f"gate {g}, {nats:+.2f} nats", tok.decode(answer))
 
 # %% [markdown]
 # **Why gates: the barrier needs the original in every step of every round.** A LoRA merged into
