@@ -433,10 +433,11 @@ def begin(config, name: str, downstream: tuple[str, ...] = ()):
     except Timeout:
         raise ValueError(f"another process is at work in {folder}; "
                          "fix: wait for it, or choose another --out") from None
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         if not (folder / "config.json").exists():
             raise
-        raise OSError(f"{e}; nothing finished is lost; "
+        said = str(e).rpartition("I/O error: ")[2]  # how safetensors wraps the system's words
+        raise OSError(f"{said}; nothing finished is lost; "
                       f"fix: free space or permissions, then {again}") from None
     except KeyboardInterrupt:
         print(f"\ninterrupted; go on with: {again}", file=sys.stderr)
