@@ -19,7 +19,9 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 import typing
 import zlib
@@ -125,6 +127,15 @@ def check_ranges(config) -> None:
                 raise ValueError(f"--{flag} {shown} is out of range; fix: {rule.words}")
 
 
+interrupted = threading.Event()  # Ctrl-C was pressed
+
+
+def interrupt(*_) -> None:
+    """Hear Ctrl-C. Python drops an exception that meets a finaliser; `Run.record` asks again."""
+    interrupted.set()
+    raise KeyboardInterrupt
+
+
 def cli(config_class, main, rest: str | None = None) -> None:
     """Parse flags into a dataclass, run `main(config)`; a user's mistake is one line on stderr.
 
@@ -135,6 +146,8 @@ def cli(config_class, main, rest: str | None = None) -> None:
     """
     how = dict(prog=Path(sys.argv[0]).name, config=(tyro.conf.OmitArgPrefixes,),
                description=sys.modules[main.__module__].__doc__)
+    interrupted.clear()
+    usual = signal.signal(signal.SIGINT, interrupt)
     try:
         # 1. the flags, those that config_class does not know into its field `rest`
         if rest:
@@ -161,6 +174,8 @@ def cli(config_class, main, rest: str | None = None) -> None:
             message += "; fix: a path that can be read and written, on a disk with room"
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -286,6 +301,8 @@ class Run:
 
     def record(self, stage: str, round: int, **numbers) -> dict:
         """Put an event on record, with the seconds since the one before; -> the event."""
+        if interrupted.is_set():
+            raise KeyboardInterrupt
         now = time.perf_counter()
         seconds = float(f"{now - self.clock:.3g}")
         event = {"stage": stage, "round": round, **numbers, "seconds": seconds}
@@ -433,10 +450,11 @@ def begin(config, name: str, downstream: tuple[str, ...] = ()):
     except Timeout:
         raise ValueError(f"another process is at work in {folder}; "
                          "fix: wait for it, or choose another --out") from None
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         if not (folder / "config.json").exists():
             raise
-        raise OSError(f"{e}; nothing finished is lost; "
+        said = str(e).rpartition("I/O error: ")[2]  # how safetensors wraps the system's words
+        raise OSError(f"{said}; nothing finished is lost; "
                       f"fix: free space or permissions, then {again}") from None
     except KeyboardInterrupt:
         print(f"\ninterrupted; go on with: {again}", file=sys.stderr)

@@ -426,7 +426,7 @@ class Bench:
     """
 
     def __init__(self, model, tok):
-        self.plain, self.tok, self.cfg = model, tok, heal_loop.Config()
+        self.plain, self.tok, self.cfg = model, tok, texts.complete(heal_loop.Config())
         self.attention = model.config._attn_implementation
         self.student = self.after(rounds=0)
         # what transformers chooses; models.load differs on a CPU
@@ -655,7 +655,7 @@ def heal_memory(version: str, shape: Shape, device: str, prompt: int = 384) -> i
     model.to(device).eval()
     if device == "cpu":
         model.set_attn_implementation("grouped")  # as models.load does
-    cfg = heal_loop.Config()
+    cfg = texts.complete(heal_loop.Config())
     lora.attach(model, cfg.rank, cfg.alpha, (0, 1))
     drawn = torch.randint(shape.vocab, (shape.rows, prompt + shape.tokens),
                           generator=torch.Generator().manual_seed(0)).tolist()

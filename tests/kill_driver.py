@@ -214,7 +214,8 @@ def interrupted_and_shared() -> str:
     one_line("another process is at work")
     os.kill(pid, signal.SIGCONT)
     os.kill(pid, signal.SIGINT)
-    assert wait(pid) == 130, said()
+    code = wait(pid)
+    assert code == 130, f"exit code {code}: {said()}"
     assert "--resume" in said() and not list(out.glob("round_0*"))
     assert wait(attempt(["--resume", str(out), "--lam", "7"])) == 1
     one_line("--lam 7.0 was 2.0")
