@@ -280,8 +280,8 @@ for step in range(6):
     optimizer.zero_grad()
 
 # %% [markdown]
-# In the first steps the barrier is exactly 0 and CE has its way. Once completions climb over τ,
-# their barrier pushes back and $D$ turns. `heal_loop.heal_step` is the same step, one completion's
+# At first the barrier is exactly 0 and CE has its way. Once completions climb over τ, their barrier
+# pushes back and $D$ turns. `heal_loop.heal_step` is the same step, one completion's
 # logits in memory at a time. It agrees to the last digits:
 
 # %%
@@ -385,6 +385,9 @@ for g in (0, 0.25, 0.5, 0.75, 1):
     show(f"gate {g}, {nats:+.2f} nats", tok.decode(answer))
 
 # %% [markdown]
+# The nats climb in even steps, and the words turn from the asker's own comfort to what the customer
+# suffers, and back a little: one greedy answer is an anecdote, a log-odds is a measurement.
+#
 # **Why gates: the barrier needs the original in every step of every round.** A LoRA merged into
 # $W$ would have lost it, and a second copy of the model costs its memory again. With the gates at 0
 # the original is *in* the student, bit for bit, and costs one flag.
@@ -394,6 +397,7 @@ for g in (0, 0.25, 0.5, 0.75, 1):
 # `fold` appends the live adapter to the frozen history and starts a fresh one with B = 0. The
 # function does not change. Then the loop starts again, from the student: **its** vector, **its**
 # samples; but $D$ is still measured from the original, so that errors cannot add up round by round.
+# So $D$ does not begin at 0 this time: the student comes with what round 0 has spent of the budget.
 
 # %%
 ids = torch.tensor([prompt], device=model.device)
