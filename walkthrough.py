@@ -385,8 +385,8 @@ for g in (0, 0.25, 0.5, 0.75, 1):
     show(f"gate {g}, {nats:+.2f} nats", tok.decode(answer))
 
 # %% [markdown]
-# The nats climb in even steps, and the words turn from the asker's own comfort to what the customer
-# suffers, and back a little: one greedy answer is an anecdote, a log-odds is a measurement.
+# The nats climb in even steps. The words follow less neatly: one greedy answer is an anecdote, a
+# log-odds is a measurement.
 #
 # **Why gates: the barrier needs the original in every step of every round.** A LoRA merged into
 # $W$ would have lost it, and a second copy of the model costs its memory again. With the gates at 0
