@@ -46,14 +46,15 @@ def says(tok, model, *how):
             "-ctk", "f32", "-ctv", "f32", "-no-cnv", "--no-display-prompt", "--no-warmup", *how,
             stdin=open(os.devnull))
         assert done.returncode == 0, done.stderr[-2000:]
-        texts.append(done.stdout.removesuffix("\n").removesuffix("\n").removesuffix(" [end of text]"))
+        texts.append(done.stdout.rstrip("\n").removesuffix(" [end of text]"))
     return texts
 
 
 def ours(model, tok):
     """Our greedy continuation of every prompt."""
     ids = [chat_ids(tok, prompt) for prompt in PROMPTS]
-    return [tok.decode(new) for new in sample(model, tok, ids, max_new_tokens=N, temperature=0)]
+    said = sample(model, tok, ids, max_new_tokens=N, temperature=0)
+    return [tok.decode(new).rstrip("\n") for new in said]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,7 @@ def base(tmp_path_factory):
 def student(embedded):
     """The embedded model with two folded rounds that change what it says."""
     model, tok = embedded
+    torch.manual_seed(0)
     lora.attach(model, rank=4, alpha=8)
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
