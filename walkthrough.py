@@ -595,17 +595,21 @@ ax.spines[["top", "right"]].set_visible(False)
 # ```python
 # from steer import Persona
 #
-# gloomy = Persona(pos="You are sad and tired, and you expect the worst of every day.",
-#                  neg="You are cheerful and lively, and you expect the best of every day.")
+# poet = Persona(pos="You are a poet. You speak in images of the sea, the moon and the wind.",
+#                neg="You are an accountant. You speak in plain numbers, costs and dates.")
 # with lora.gates(model, history=0, live=0):
-#     mine = extract_vector(model, tok, gloomy, reading.contexts, layers)
-#     ask = chat_ids(tok, "How will my day be?")
-#     trials = [0, 1, 2, 4]
+#     mine = extract_vector(model, tok, poet, reading.contexts, layers)
+#     ask = chat_ids(tok, "Tell me about your morning.")
+#     trials = [0, 0.5, 1, 1.5]
 #     said = sample(model, tok, [ask] * 4, mine, trials, 30, temperature=0)
 #     for dose, answer in zip(trials, said):
-#         print(f"dose {dose}: {tok.decode(answer)}")
+#         show(f"dose {dose}", tok.decode(answer))
 # print(f"cosine with the care vector: {vector.cosine(mine):.2f}")
 # ```
+#
+# At 0.5 the morning becomes "a magical time of light, where the world is illuminated by the dawn's
+# gentle light"; from 1 on it goes in circles. A style is louder than a value: `care` needed eight
+# times the dose to be heard. Not every pair works. Sad against cheerful hardly moves this model.
 #
 # To heal along it: `python heal_loop.py --pos "..." --neg "..." --probes FILE`, where the probes
 # say how your trait is measured.
