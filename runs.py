@@ -19,9 +19,7 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 import typing
 import zlib
@@ -127,15 +125,6 @@ def check_ranges(config) -> None:
                 raise ValueError(f"--{flag} {shown} is out of range; fix: {rule.words}")
 
 
-interrupted = threading.Event()  # Ctrl-C was pressed
-
-
-def interrupt(*_) -> None:
-    """Hear Ctrl-C. Python drops an exception that meets a finaliser; `Run.record` asks again."""
-    interrupted.set()
-    raise KeyboardInterrupt
-
-
 def cli(config_class, main, rest: str | None = None) -> None:
     """Parse flags into a dataclass, run `main(config)`; a user's mistake is one line on stderr.
 
@@ -146,8 +135,6 @@ def cli(config_class, main, rest: str | None = None) -> None:
     """
     how = dict(prog=Path(sys.argv[0]).name, config=(tyro.conf.OmitArgPrefixes,),
                description=sys.modules[main.__module__].__doc__)
-    interrupted.clear()
-    usual = signal.signal(signal.SIGINT, interrupt)
     try:
         # 1. the flags, those that config_class does not know into its field `rest`
         if rest:
@@ -174,8 +161,6 @@ def cli(config_class, main, rest: str | None = None) -> None:
             message += "; fix: a path that can be read and written, on a disk with room"
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
-    finally:
-        signal.signal(signal.SIGINT, usual)
 
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -301,8 +286,6 @@ class Run:
 
     def record(self, stage: str, round: int, **numbers) -> dict:
         """Put an event on record, with the seconds since the one before; -> the event."""
-        if interrupted.is_set():
-            raise KeyboardInterrupt
         now = time.perf_counter()
         seconds = float(f"{now - self.clock:.3g}")
         event = {"stage": stage, "round": round, **numbers, "seconds": seconds}
@@ -390,15 +373,16 @@ def is_free(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir()} - {"lock"}
-    return not names or "start.tmp" in names and "config.json" not in names
+    made_by_start = {name for name in names if name in ("start.tmp", "events.jsonl")
+                     or name.startswith(("round_", "forked_round_"))}
+    return not names or "start.tmp" in names and names == made_by_start
 
 
 def start(config, folder: Path) -> None:
     """Fill an empty run folder: config.json, which comes last, and what is forked."""
     aside = folder / "start.tmp"
-    for path in folder.iterdir():  # of a start that was cut off
-        if path.is_dir() and path != aside:
-            shutil.rmtree(path)
+    for path in [*folder.glob("round_*"), *folder.glob("forked_round_*")]:
+        shutil.rmtree(path)  # of a start that was cut off
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     if config.fork:
@@ -437,12 +421,12 @@ def begin(config, name: str, downstream: tuple[str, ...] = ()):
             if not config.resume:
                 start(config, folder)
             run = Run(folder)
-            again_now = [e for e in run.events
+            unfinished = [e for e in run.events
                          if e["stage"] == "ended" and e["round"] >= run.rounds_done]
-            if again_now:  # the round that could not be finished is tried again
-                run.events = [e for e in run.events if e not in again_now]
+            if unfinished:  # the round that could not be finished is tried again
+                run.events = [e for e in run.events if e not in unfinished]
                 top = read_jsonl(folder / "events.jsonl", torn=True)
-                kept = [e for e in top if e not in again_now]
+                kept = [e for e in top if e not in unfinished]
                 write_text(folder / "events.jsonl", to_jsonl(kept))
             yield run
 

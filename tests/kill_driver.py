@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import heal_loop  # noqa: E402
 import runs  # noqa: E402

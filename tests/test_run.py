@@ -1,9 +1,7 @@
 """Whole runs: the smoke run on the embedded model, and a tiny one that is killed, starved and forked."""
-import dataclasses
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 
@@ -299,23 +297,13 @@ def test_the_readout_probe_without_probes_names_the_flag(tmp_path, monkeypatch, 
     assert "'care' has none of its own; fix: --probes FILE" in capsys.readouterr().err
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_interrupt_that_a_finaliser_swallowed_is_heard_at_the_next_record(tmp_path, monkeypatch):
-    """Python drops what is raised within __del__: the run would go on as if nobody had asked."""
-    class Finalised:
-        def __del__(self):
-            signal.raise_signal(signal.SIGINT)
-
-    @dataclasses.dataclass
-    class Config:
-        x: int = 0
-
-    def main(cfg):
-        thing = Finalised()
-        del thing
-        runs.Run(tmp_path).record("base", -1)
-    monkeypatch.setattr(sys, "argv", ["test"])
-    with pytest.raises(SystemExit) as stopped:
-        runs.cli(Config, main)
-    assert stopped.value.code == 130 and not (tmp_path / "events.jsonl").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+def test_a_cut_off_start_begins_again_but_nobody_elses_files_are_taken_for_one(tmp_path):
+    for name in ("start.tmp", "round_0", "forked_round_1"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "lock").touch()
+    assert runs.is_free(tmp_path)
+    (tmp_path / "thesis").mkdir()
+    assert not runs.is_free(tmp_path)
+    (tmp_path / "thesis").rmdir()
+    (tmp_path / "config.json").touch()
+    assert not runs.is_free(tmp_path)
