@@ -87,6 +87,7 @@ def stream(model, tok, message: str, arm: Arm, cfg: Config) -> Iterator[str]:
     ids, cache, new = torch.tensor([prompt], device=model.device), None, []
     generator = torch.Generator().manual_seed(cfg.seed)
     draws = torch.rand(cfg.max_new_tokens, generator=generator).to(model.device)
+    stop = stop_tokens(model, tok)
     for u in draws:
         # 2. run what is new; its last token is steered: the assistant tag, then each word
         steered = contextlib.nullcontext()
@@ -97,7 +98,7 @@ def stream(model, tok, message: str, arm: Arm, cfg: Config) -> Iterator[str]:
         cache = out.past_key_values
         # 3. draw the next token
         token = next_token(out.logits[:, -1], u[None], cfg.temperature, top_k=64, top_p=0.95)
-        if token.item() in stop_tokens(model, tok):
+        if token.item() in stop:
             return
         new.append(token.item())
         ids = token[:, None]

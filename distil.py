@@ -177,7 +177,8 @@ def collect(model, tok, vector: SteeringVector, prompts: list[str], persona: Per
         # 2. enough survivors: take the bands in turn, so that no dose crowds out another
         kept = [row for row in sampled if row["verdict"] == "kept"]
         if len(kept) >= n_keep:
-            kept = in_turn(kept, len(doses))[:n_keep]
+            by_band = [[row for row in kept if row["band"] == b] for b in range(len(doses))]
+            kept = texts.in_turn(by_band)[:n_keep]
             runs.write_text(folder / "kept.jsonl", runs.to_jsonl(kept))
             return kept, sampled
         # 3. a dose that breaks most of its completions is lowered
@@ -186,13 +187,6 @@ def collect(model, tok, vector: SteeringVector, prompts: list[str], persona: Per
             if of_band.count("kept") < len(of_band) / 2:
                 doses_now[b] *= 0.7
     raise Starved(starved_because(sampled, n_keep))
-
-
-def in_turn(kept: list[dict], bands: int) -> list[dict]:
-    """The first row of every band, then the second of every band, and so on."""
-    by_band = [[row for row in kept if row["band"] == b] for b in range(bands)]
-    longest = max(map(len, by_band))
-    return [of_band[k] for k in range(longest) for of_band in by_band if k < len(of_band)]
 
 
 def summary(kept: list[dict], sampled: list[dict]) -> dict:

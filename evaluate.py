@@ -32,7 +32,8 @@ import models
 import runs
 import texts
 from readouts import cloze, probe, tinymfv
-from sampling import completion_states, logits, repetition, sample, score, token_logp
+from sampling import (completion_states, logits, perplexity, repetition, sample, score,
+                      token_logp)
 from steer import NEUTRAL, SteeringVector, chat_ids, mean_residual
 from texts import FOUNDATIONS
 
@@ -99,9 +100,11 @@ class Profile:
 
     @classmethod
     def from_dict(cls, d: dict) -> "Profile":
-        arrays = {"p", "mass", "constants", "probes", "controls"}
-        return cls(**{f.name: np.array(d[f.name]) if f.name in arrays and d[f.name] is not None
-                      else d[f.name] for f in fields(cls)})
+        values = {f.name: d[f.name] for f in fields(cls)}
+        for name in ("p", "mass", "constants", "probes", "controls"):
+            if values[name] is not None:
+                values[name] = np.array(values[name])
+        return cls(**values)
 
 
 def link(number: str):
@@ -160,7 +163,7 @@ def speak(model, tok, prompts: list[str], plain: list[str], system: str = NEUTRA
     spoken = [k for k, n in enumerate(new) if n]
     said = [new[k] for k in spoken]
     lengths = [len(n) for n in said]
-    kl, logp = torch.zeros(1), torch.full((1,), -math.inf)  # silence: drift 0, perplexity infinite
+    kl, logp = torch.zeros(1), torch.empty(0)  # silence: drift 0, perplexity infinite
     if spoken:
         states = completion_states(model, [asked[k] for k in spoken], said, vector, dose)
         with lora.gates(model, history=0, live=0):
@@ -175,7 +178,7 @@ def speak(model, tok, prompts: list[str], plain: list[str], system: str = NEUTRA
     before = tok("" if system == NEUTRAL else system + "\n\n").input_ids  # a start token, if any
     lost = score(model, [before + row[:1] for row in rows], [row[1:] for row in rows], vector, dose)
     return Speech(
-        perplexity=math.exp(-logp.mean().item()), drift=kl.mean().item(),
+        perplexity=perplexity(logp), drift=kl.mean().item(),
         drift_p95=kl.quantile(0.95).item(),
         repetition=sum(map(repetition, answers)) / len(answers),
         text_nats=-torch.cat(lost).mean().item(),

@@ -133,7 +133,7 @@ def heal_step(model, prompts, completions, references, cfg: Config, diagnose: bo
     diagnose: also log |∂barrier/∂hidden| / |∂CE/∂hidden|.
     """
     lengths = [len(c) for c in completions]
-    lam = cfg.lam if cfg.reg in ("kl_rev", "kl_fwd") else 0.0
+    lam = cfg.lam if cfg.reg.startswith("kl") else 0.0
     # 1. the student's hidden states, one pass for the batch; the graph is cut at the leaf
     hidden = completion_states(model, prompts, completions)  # [Σ tokens, d_model]
     leaf = hidden.detach().requires_grad_()
@@ -298,8 +298,10 @@ def loop(cfg: Config, run: runs.Run, model, tok, reading: texts.Texts) -> None:
                     # 1. steer
                     vector = extract_vector(model, tok, persona, contexts, layers)
                     vector.save(folder / "vector.safetensors")
-                    doses = [calibrate(model, tok, vector, reading.dilemmas[:16], nats)
-                             for nats in cfg.dose_nats or ()] or cfg.doses
+                    doses = cfg.doses
+                    if cfg.dose_nats:
+                        doses = [calibrate(model, tok, vector, reading.dilemmas[:16], nats)
+                                 for nats in cfg.dose_nats]
                     run.record("extract", r, doses=doses)
                     # 2. distil
                     kept, sampled = distil.collect(

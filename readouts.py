@@ -76,7 +76,7 @@ def cloze(model, tok, vignettes: list[dict], constants=None, system: str = NEUTR
     """
     # 1. how likely each clause is as the reason: every vignette with every clause
     texts = [chat_text(tok, f"{v['text']} Why is this wrong?", system) for v in vignettes]
-    prompts = [tok(text, add_special_tokens=False).input_ids for text in texts]
+    prompts = tok(texts, add_special_tokens=False).input_ids
     because = suffix_ids(tok, texts[0], BECAUSE)  # all prompts end in the same assistant tag
     clauses = [suffix_ids(tok, texts[0] + BECAUSE, CLAUSES[f]) for f in FOUNDATIONS]
     asked = [prompt for prompt in prompts for _ in clauses]  # equal prompts are run once
@@ -88,7 +88,7 @@ def cloze(model, tok, vignettes: list[dict], constants=None, system: str = NEUTR
     # 2. asked for a letter, how much probability falls on the seven
     texts = [chat_text(tok, f"{OPTIONS}\n{v['text']} Why is this wrong?", system)
              for v in vignettes]
-    prompts = [tok(text, add_special_tokens=False).input_ids for text in texts]
+    prompts = tok(texts, add_special_tokens=False).input_ids
     answer = suffix_ids(tok, texts[0], ANSWER)
     letters = [suffix_ids(tok, texts[0] + ANSWER, letter)[0] for letter in LETTERS]
     mass = np.zeros(len(vignettes))
@@ -119,7 +119,7 @@ def probe(model, tok, probes: list[dict], system: str = NEUTRAL,
     Each answer is the sum over its tokens, from the assistant tag on.
     """
     asked = [chat_text(tok, p["prompt"], system) for p in probes]
-    prompts = [tok(text, add_special_tokens=False).input_ids for text in asked]
+    prompts = tok(asked, add_special_tokens=False).input_ids
     sides = []
     for side in ("toward", "away"):
         answers = [suffix_ids(tok, text, p[side]) for text, p in zip(asked, probes)]

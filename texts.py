@@ -144,13 +144,17 @@ def load_vignettes(path, n: int = 0) -> list[dict]:
                          f"fix: 0 (all) to {len(found)}")
 
     # 3. the first of every foundation, then the second of every foundation, and so on
-    by_foundation = {f: [v for v in found if v["foundation"] == f] for f in FOUNDATIONS}
-    longest = max(map(len, by_foundation.values()))
-    in_turn = []
-    for k in range(longest):
-        for of_foundation in by_foundation.values():
-            in_turn += of_foundation[k:k + 1]  # nothing where it has fewer
-    return in_turn[:n or None]
+    by_foundation = [[v for v in found if v["foundation"] == f] for f in FOUNDATIONS]
+    return in_turn(by_foundation)[:n or None]
+
+
+def in_turn(groups: list[list]) -> list:
+    """The first of every group, then the second of every group, and so on."""
+    taken = []
+    for k in range(max(map(len, groups))):
+        for group in groups:
+            taken += group[k:k + 1]  # nothing where it has fewer
+    return taken
 
 
 def check_vignettes(found: list, path) -> None:
