@@ -34,7 +34,7 @@ import models
 import runs
 import texts
 from sampling import completion_states, logits, score
-from steer import SteeringVector, band, calibrate, extract_vector
+from steer import SteeringVector, band, calibrate, chat_ids, extract_vector
 
 
 @dataclass
@@ -260,6 +260,11 @@ def main(cfg: Config, loaded=None) -> Path:
         lora.attach(model, cfg.rank, cfg.alpha, cfg.lora_layers)
         lora.load(model, [run.folder / f"round_{r}/adapter.safetensors"
                           for r in range(run.rounds_done)])
+        # rows at once, and whether history is merged: both round numbers, so once for a whole run
+        longest = max(len(chat_ids(tok, prompt)) for prompt in reading.dilemmas)
+        fits = run.find("memory", -1) or run.record(
+            "memory", -1, **models.fit_memory(model, longest + cfg.max_new_tokens))
+        model.sample_rows, model.lora_merge = fits["rows"], fits["merge"]
         try:
             loop(cfg, run, model, tok, reading)
         except runs.Ended:

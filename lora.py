@@ -213,9 +213,10 @@ def merged(model):
     """Within the context, history at gate 1 is one dense weight per layer: as fast as none.
 
     W + s Σ B A is summed in float32 and rounded once to the dtype of W. W itself stays, so other
-    gate values, (0, 0) among them, keep their meaning inside the context.
+    gate values, (0, 0) among them, keep their meaning inside the context. Where a second copy of
+    the weights is too much, set `model.lora_merge = False`: then this does nothing.
     """
-    modules = adapters(model).values()
+    modules = adapters(model).values() if getattr(model, "lora_merge", True) else ()
     before = [m.merged_weight for m in modules]
     try:
         for m in modules:

@@ -22,6 +22,7 @@ import warnings
 from datetime import date
 from pathlib import Path
 
+import psutil
 import torch
 import transformers
 from einops import rearrange
@@ -391,7 +392,35 @@ def fits_one_gpu(auto_class, config, dtype: torch.dtype) -> bool:
     with torch.device("meta"):
         weights = auto_class.from_config(config, dtype=dtype)
     needed = sum(p.numel() * p.element_size() for p in weights.parameters())
-    return needed <= 2 / 3 * torch.cuda.mem_get_info(0)[0]
+    return needed <= 2 / 3 * free_bytes(torch.device("cuda", 0))
+
+
+# ---- what fits in memory ------------------------------------------------------------------------
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free there: a GPU's own, else the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def fit_memory(model, tokens: int) -> dict:
+    """What half of the free memory holds, for a model with LoRA attached.
+
+    rows: how many rows of `tokens` tokens at once, from 1 to 96: a row has its keys and values,
+    what two blocks hold at a time, and three arrays of logits. merge: whether a second copy of the
+    adapted weights fits (`lora.merged`).
+    """
+    half = free_bytes(model.device) // 2
+    config, size = model.config.get_text_config(), model.dtype.itemsize
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kept = 2 * config.num_hidden_layers * heads * width
+    passing = 2 * 20 * config.hidden_size  # a block: its MLP is about four times as wide
+    row = tokens * (kept + passing) * size + 3 * 4 * config.vocab_size
+    adapted = [m.base.weight for m in model.modules() if hasattr(m, "merged_weight")]
+    return {"rows": max(1, min(96, half // row)), "merge": sum(w.nbytes for w in adapted) <= half}
 
 
 # ---- its name -----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import torch
 from einops import rearrange
 from tqdm import tqdm
 
-from sampling import completion_states, logits, score
+from sampling import completion_states, logits, rows_at_once, score
 from steer import NEUTRAL, SteeringVector, chat_text
 from texts import FOUNDATIONS, tinymfv_package
 
@@ -68,12 +68,15 @@ def suffix_ids(tok, before: str, text: str) -> list[int]:
 
 @torch.no_grad()
 def cloze(model, tok, vignettes: list[dict], constants=None, system: str = NEUTRAL,
-          vector: SteeringVector | None = None, dose: float = 0.0, batch_size: int = 28) -> Answers:
+          vector: SteeringVector | None = None, dose: float = 0.0,
+          batch_size: int | None = None) -> Answers:
     """The small-model readout.
 
     constants: [7] nats, those of the original's Answers; None on the original itself.
     The vector acts from the assistant tag on, as in `sampling.sample`.
     """
+    batch_size = batch_size or max(1, min(28, rows_at_once(model) // 3))  # vignettes
+
     # 1. how likely each clause is as the reason: every vignette with every clause
     texts = [chat_text(tok, f"{v['text']} Why is this wrong?", system) for v in vignettes]
     prompts = tok(texts, add_special_tokens=False).input_ids

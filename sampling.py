@@ -85,6 +85,11 @@ def next_token(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k:
     return tokens.gather(-1, choice)[:, 0]
 
 
+def rows_at_once(model) -> int:
+    """How many rows a batch has: `model.sample_rows` where memory is short (heal_loop), else 96."""
+    return getattr(model, "sample_rows", 96)
+
+
 # ---- from words to hidden states ----------------------------------------------------------------
 
 
@@ -172,11 +177,13 @@ def completion_states(model, prompts: list[list[int]], completions: list[list[in
 @torch.no_grad()
 def score(model, prompts: list[list[int]], completions: list[list[int]],
           vector: SteeringVector | None = None, dose: float = 0.0,
-          batch_size: int = 32) -> list[torch.Tensor]:
+          batch_size: int | None = None) -> list[torch.Tensor]:
     """Log-probability of each completion token given all before it, nats.
 
     -> one [len(completion)] float32 tensor each; an empty completion has none.
+    batch_size: None is a third of `rows_at_once`.
     """
+    batch_size = batch_size or max(1, rows_at_once(model) // 3)
     out = [torch.empty(0)] * len(prompts)
     # equal prompts, and then completions of like length, share a batch
     with_tokens = [i for i, c in enumerate(completions) if c]
@@ -230,17 +237,19 @@ def stop_tokens(model, tok) -> list[int]:
 @torch.no_grad()
 def sample(model, tok, prompts: list[list[int]], vector: SteeringVector | None = None, doses=None,
            max_new_tokens: int = 64, temperature: float = 1.0, top_k: int = 64,
-           top_p: float = 0.95, batch_size: int = 96, seed: int = 0,
+           top_p: float = 0.95, batch_size: int | None = None, seed: int = 0,
            keep_stop: bool = False) -> list[list[int]]:
     """Sample one completion per prompt; -> lists of new token ids.
 
     prompts: token ids from `chat_ids`. doses: one float per prompt, for `vector`, which acts from
     the assistant tag on, so that equal prompts are run once for all doses.
     keep_stop: keep the stop token at the end of a completion that has one.
+    batch_size: None is `rows_at_once`.
     Row i draws from its own stream (seed, i): its tokens do not depend on batch_size.
     Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context.
     """
     check_room(model, max(map(len, prompts), default=0), max_new_tokens)
+    batch_size = batch_size or rows_at_once(model)
     decoder, device, stop = model.get_decoder(), model.device, set(stop_tokens(model, tok))
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(len(prompts), max_new_tokens, generator=generator)  # [row, step]

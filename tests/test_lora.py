@@ -169,6 +169,18 @@ def test_only_the_live_factors_train(any_model, ids):
 # ---- merged -------------------------------------------------------------------------------------
 
 
+def test_merged_does_nothing_where_the_caller_has_no_room_for_it():
+    model = tiny("llama")
+    lora.attach(model, rank=4, alpha=8)
+    train_a_little(model, 0)
+    lora.fold(model)
+    student = logits(model, IDS)
+    model.lora_merge = False
+    with lora.merged(model):
+        assert all(m.merged_weight is None for m in lora.adapters(model).values())
+        assert torch.equal(logits(model, IDS), student)
+
+
 @of_every_architecture(rounds=st.integers(1, 3), nested=st.booleans(), where=st.integers(0, 99),
                        when=st.sampled_from(["entering", "within", "folding"]))
 def test_merged_is_the_student_and_ends_with_its_context_wherever_an_exception_strikes(

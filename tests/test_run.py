@@ -14,6 +14,7 @@ import lora
 import models
 import plot
 import runs
+import sampling
 import texts
 from conftest import ROOT, command, flags, python
 
@@ -29,6 +30,22 @@ def stages(folder):
     return [e["stage"] for e in runs.read_events(folder)]
 
 
+def test_where_memory_is_short_fewer_rows_and_no_second_copy_for_as_long_as_the_run(
+        tiny_folder, tmp_path, monkeypatch):
+    made = []
+
+    def seen(model, *args, **kwargs):
+        made.append((sampling.rows_at_once(model), model.lora_merge))
+        raise KeyboardInterrupt
+    monkeypatch.setattr(evaluate, "measure", seen)
+    out = tmp_path / "run"
+    for free, *where in ((1e6, "--out", out), (1e12, "--resume", out), (1e12, "--out", tmp_path / "b")):
+        monkeypatch.setattr(models, "free_bytes", lambda device, free=free: int(free))
+        with pytest.raises(SystemExit):
+            command(monkeypatch, "heal_loop", *flags(tiny_folder), *where)
+    assert 1 <= made[0][0] < 96 and made[0] == made[1] and made[2] == (96, True)
+
+
 @pytest.mark.slow
 def test_the_smoke_run_leaves_a_whole_run_folder(tmp_path):
     out = tmp_path / "run"
@@ -38,7 +55,7 @@ def test_the_smoke_run_leaves_a_whole_run_folder(tmp_path):
     assert names(out) == TOP and names(out / "round_0") == ROUND
     assert "base" in done.stdout and "healed r0" in done.stdout and "coh_cost" in done.stdout
     assert done.stderr == "", "a library spoke, or a bar was drawn where nobody looks"
-    assert stages(out) == ["base", "extract", "distil", "steered", "heal", "healed"]
+    assert stages(out) == ["memory", "base", "extract", "distil", "steered", "heal", "healed"]
     kept = runs.read_jsonl(out / "round_0" / "kept.jsonl")
     assert len(kept) == 8 and all(row["verdict"] == "kept" for row in kept)
     assert all([m["role"] for m in row["messages"]] == ["system", "user", "assistant"] for row in kept)
@@ -54,7 +71,7 @@ def test_the_baselines_are_measured_around_the_rounds(tiny_folder, tmp_path, mon
     monkeypatch.setattr(evaluate, "COHERENCE_FLOOR", 0.0)  # a random model has no coherence to lose
     out = tmp_path / "run"
     command(monkeypatch, "heal_loop", *flags(tiny_folder), "--baselines", "--out", out)
-    assert stages(out) == ["base", "prompted", "extract", "distil", "steered", "heal", "healed", "matched"]
+    assert stages(out) == ["memory", "base", "prompted", "extract", "distil", "steered", "heal", "healed", "matched"]
     said = capsys.readouterr().out
     assert "persona prompt" in said and "steering alone" in said
     again = {p.name: p.read_bytes() for p in out.glob("*.*")}
@@ -109,7 +126,7 @@ def test_a_starved_run_says_which_rule_dropped_most_and_keeps_what_it_sampled(
     assert all(word in said for word in ("data starved: 0 of 6", "perplexity", "--max-perplexity"))
     assert names(out) == TOP - {"round_0"} | {"ended_round_0"}
     assert len(runs.read_jsonl(out / "ended_round_0" / "sampled.jsonl")) > 6
-    assert stages(out) == ["base", "ended"] and "data starved" in (out / "report.html").read_text()
+    assert stages(out) == ["memory", "base", "ended"] and "data starved" in (out / "report.html").read_text()
 
 
 def test_training_that_diverges_stops_with_the_step_and_leaves_the_rounds_before(embedded, monkeypatch):
@@ -136,7 +153,7 @@ def test_a_collapsed_student_ends_the_loop_also_when_it_is_resumed(tiny_folder, 
     out = tmp_path / "run"  # a random model has no mass on the answers: its first round is its last
     command(monkeypatch, "heal_loop", *flags(tiny_folder), "--rounds", 3, "--out", out)
     command(monkeypatch, "heal_loop", "--resume", out)
-    assert stages(out) == ["base", "extract", "distil", "steered", "heal", "healed", "ended"]
+    assert stages(out) == ["memory", "base", "extract", "distil", "steered", "heal", "healed", "ended"]
     assert "the loop ended early: coherence fell below 0.85" in capsys.readouterr().out
 
 
