@@ -89,8 +89,11 @@ def embedded_folder() -> Path:
     return folder
 
 
-def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Dequantise a GGUF file into a folder that `from_pretrained` reads."""
+def convert_gguf(gguf: Path, folder: Path, chat_template: str | None = None) -> None:
+    """Dequantise a GGUF file into a folder that `from_pretrained` reads.
+
+    chat_template: for a model that has none.
+    """
     aside = folder.with_suffix(".tmp")
     shutil.rmtree(aside, ignore_errors=True)  # what a killed conversion left
     with contextlib.redirect_stderr(io.StringIO()):  # a bar per tensor
@@ -105,6 +108,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     save_file(tensors, str(aside / "model.safetensors"), metadata={"format": "pt"})
     model.generation_config.save_pretrained(aside)
     tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tok.chat_template = chat_template or tok.chat_template
     tok.save_pretrained(aside)
     aside.rename(folder)
 
