@@ -242,6 +242,8 @@ def main(cfg: Config, loaded=None) -> Path:
     import plot
     if cfg.reg == "wd" and cfg.lr * cfg.weight_decay >= 1:
         raise ValueError(f"--weight-decay {cfg.weight_decay} is out of range; fix: below 1 / lr")
+    if cfg.resume and cfg.fork:
+        raise ValueError("--resume and --fork exclude each other; fix: give one of them")
     if cfg.at and not cfg.fork:
         raise ValueError(f"--at {cfg.at} says where a fork begins; fix: --fork RUN")
     if cfg.doses and cfg.dose_nats:

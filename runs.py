@@ -394,10 +394,11 @@ def start(config, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def begin(config, name: str, downstream: tuple[str, ...] = ()):
+def begin(config, name: str, downstream: tuple[str, ...] = (), again: str = ""):
     """The run folder of a config with out, resume, fork, at: made, locked and yielded as a `Run`.
 
     name: of a folder that --out does not name. downstream: settings that a fork may change.
+    again: the command that goes on with it, if not heal_loop.py.
     Raises ValueError for a taken folder, another process at work, or settings that do not fit.
     """
     # 1. which folder, and whether it may be used
@@ -414,7 +415,7 @@ def begin(config, name: str, downstream: tuple[str, ...] = ()):
                               f"healing; start a new run, or change only {', '.join(downstream)}")
 
     # 2. locked and filled, and what came of an earlier attempt to end the run forgotten
-    again = f"python heal_loop.py --resume {folder}"
+    again = again or f"python heal_loop.py --resume {folder}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock").acquire(timeout=0):
@@ -435,7 +436,7 @@ def begin(config, name: str, downstream: tuple[str, ...] = ()):
         raise ValueError(f"another process is at work in {folder}; "
                          "fix: wait for it, or choose another --out") from None
     except (OSError, SafetensorError) as e:
-        if not (folder / "config.json").exists():
+        if "fix:" in str(e) or not (folder / "config.json").exists():
             raise
         said = str(e).rpartition("I/O error: ")[2]  # how safetensors wraps the system's words
         raise OSError(f"{said}; nothing finished is lost; "

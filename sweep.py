@@ -16,6 +16,7 @@ import functools
 import itertools
 import json
 import os
+import shlex
 import subprocess
 import time
 from dataclasses import dataclass, field, replace
@@ -200,7 +201,8 @@ def steer_alone(run: heal_loop.Config, doses: tuple[float, ...], loaded=None) ->
     tok.chat_date = date.fromisoformat(run.date)
     lora.attach(model)  # whose gates, shut, are the original
     try:
-        with runs.begin(run, "alone") as folder, lora.gates(model, history=0, live=0):
+        again = "python sweep.py, with the same flags"
+        with runs.begin(run, "alone", again=again) as folder, lora.gates(model, history=0, live=0):
             measure = functools.partial(evaluate.measure, model, tok, reading,
                                         readout=run.readout, think_tokens=run.think_tokens)
             base = folder.find("base", -1) or folder.record("base", -1, **measure("base"))
@@ -322,8 +324,8 @@ def flags_of(cfg: Config) -> str:
             chosen[name] = value
     words = []
     for name, value in chosen.items():
-        value = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
-        words.append(f"--{name.replace('_', '-')} {value}")
+        values = value if isinstance(value, (tuple, list)) else [value]
+        words.append(f"--{name.replace('_', '-')} {shlex.join(map(str, values))}")
     return " ".join(words + ["--baselines"] * cfg.baselines)
 
 

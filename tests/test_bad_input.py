@@ -511,6 +511,8 @@ CASES = {  # what is wrong: (the command, what the line must say)
         lambda w: resume(w.of(earlier_version)), "run earlier version"),
 
     # run folders: forked
+    "a fork that is to be resumed": (
+        lambda w: fork(w, w.run, "--resume", w.run), "--resume --fork one"),
     "fork what is no run": (lambda w: fork(w, w.tmp), "config.json --out"),
     "fork a round that is not there": (
         lambda w: fork(w, w.run, "--at", 2, "--rounds", 4), "--at 2 2 finished at most 1"),
