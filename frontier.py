@@ -1,4 +1,4 @@
-"""Many runs on one page: what each arm costs, round by round and at equal trait; frontier.png.
+"""Many runs on one page: what each arm costs, round by round and at equal trait; its figure.
 
     python frontier.py results/runs/sweep        # from the records of a sweep, without a model
 
@@ -35,7 +35,7 @@ COSTS = {"1 − coherence": 4, "perplexity": 2, "judge_perplexity": 2, "drift": 
 @dataclass
 class Config:
     records: tyro.conf.Positional[Path]  # a folder of records that sweep.py wrote
-    table: Path = Path("results/arms.md")  # the page; frontier.png goes beside it
+    table: Path = Path("results/arms.md")  # the page; its figure goes beside it
 
 
 # ---- records ------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def last_rows(arms: dict[str, list[Record]]) -> list[list[str]]:
 
 
 def round_rows(arms: dict[str, list[Record]], costs: list[str]) -> list[list[str]]:
-    """Each arm after each round: the trait steered and healed, and every cost."""
+    """Each arm after each round: the trait steered and healed, the controls, and every cost."""
     rows = []
     for arm, of_arm in arms.items():
         rounds = sorted({e["round"] for run in of_arm for e in run.of("healed")})
@@ -264,7 +264,11 @@ def round_rows(arms: dict[str, list[Record]], costs: list[str]) -> list[list[str
                 arm, r, len(runs_of),
                 over_seeds([run.moved(e) for run, e in zip(runs_of, steered)], 2),
                 over_seeds([run.moved(e) for run, e in zip(runs_of, healed)], 2),
-                over_seeds([retained(run, r) for run in runs_of], 2), over_seeds(D, 3),
+                over_seeds([retained(run, r) for run in runs_of], 2),
+                *([over_seeds([e["control_nats"] - run.base["control_nats"]
+                               for run, e in zip(runs_of, healed)], 2)]
+                  if "control_nats" in healed[0] else []),
+                over_seeds(D, 3),
                 *(over_seeds([cost(e, c) for e in healed], COSTS[c]) for c in costs)])
     return rows
 
@@ -359,7 +363,7 @@ def figure(records: list[Record]) -> Figure:
 # ---- the page -----------------------------------------------------------------------------------
 
 
-def page(records: list[Record]) -> str:
+def page(records: list[Record], picture: str = "arms.png") -> str:
     """arms.md, the same in whatever order the records come."""
     records = sorted(records, key=lambda one: one.name)
     arms, costs = by_arm(records), costs_of(records)
@@ -371,8 +375,9 @@ def page(records: list[Record]) -> str:
     last = table(last_rows(arms), ["arm", "seeds", "moved (nats)", "Δcoherence", "coh_cost",
                                    "off target (nats)", "peak moved", "Δcoherence there",
                                    "peak in round", "coherent rounds"])
+    controls = ["Δcontrols (nats)"] if "control_nats" in one.base else []
     rounds = table(round_rows(arms, costs), ["arm", "round", "seeds", "moved, steered",
-                                             "moved, healed", "retained", "D", *costs])
+                                             "moved, healed", "retained", *controls, "D", *costs])
     slopes = table(slope_rows(arms, costs), ["arm", *costs])
     matched = ""
     for name in costs:
@@ -396,7 +401,7 @@ def page(records: list[Record]) -> str:
 
 {"; ".join(commands)} · {one.config["model"]} · {one.base["n"]} vignettes
 
-![trait against cost](frontier.png)
+![trait against cost]({picture})
 
 Means over seeds; in brackets, from three seeds on, the 95 % t-interval over seeds (the interval
 over vignettes within one run is in that run's report). Moved: Δ{axis} against the base of the same
@@ -431,12 +436,12 @@ Retained: moved, healed / moved, steered.
 
 
 def draw(records: list[Record], file: Path) -> None:
-    """Write the page, and frontier.png beside it. Raises ValueError where nothing was measured."""
+    """Write the page, and its figure beside it. Raises ValueError where nothing was measured."""
     if not by_arm(records):
         raise ValueError("no run of these records was measured; fix: finish the sweep")
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure(records).savefig(file.parent / "frontier.png", dpi=160)
-    runs.write_text(file, page(records))
+    figure(records).savefig(file.with_suffix(".png"), dpi=160)
+    runs.write_text(file, page(records, file.with_suffix(".png").name))
 
 
 def main(cfg: Config) -> None:

@@ -10,7 +10,7 @@ stopped: a finished run is not run again. Runs that differ only in how they heal
 its healing: the first of them makes it, the others are forks of it.
 
 When all is run: a record of each run (its numbers, no texts) in results/runs/, and from these the
-table and frontier.png, which `python frontier.py results/runs/sweep` remakes without a model.
+table and its figure, which `python frontier.py results/runs/sweep` remakes without a model.
 """
 import functools
 import itertools
@@ -73,7 +73,7 @@ class Config:
     baselines: bool = False  # also measure every run's own baselines
     # where
     out: Path = Path("runs/sweep")  # folder of the run folders
-    table: Path = Path("results/arms.md")  # the comparison; runs/ and frontier.png go beside it
+    table: Path = Path("results/arms.md")  # the comparison; runs/ and its figure go beside it
     executor: Literal["here", "local", "slurm"] = "here"  # in this process, or jobs by submitit
     gpus: tuple[int, ...] = ()  # local: the GPUs, one run at a time on each; default: all there are
     partition: str | None = None  # slurm: the partition

@@ -153,7 +153,7 @@ def test_tables_are_remade_from_the_records_alone_to_the_byte(tmp_path, monkeypa
         frontier.save(one, tmp_path / "runs")
     frontier.draw(records, tmp_path / "first" / "arms.md")
     frontier.main(frontier.Config(tmp_path / "runs", tmp_path / "again" / "arms.md"))
-    for name in ("arms.md", "frontier.png"):
+    for name in ("arms.md", "arms.png"):
         first, again = ((tmp_path / which / name).read_bytes() for which in ("first", "again"))
         assert first == again
 

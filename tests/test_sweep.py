@@ -156,7 +156,7 @@ def test_the_page_is_remade_from_the_records_alone(swept, tmp_path):
         "alone", "kl_rev_rmse_s0", "kl_rev_rmse_s1", "nll_s0", "nll_s1"]
     frontier.main(frontier.Config(records, tmp_path / "arms.md"))
     assert (tmp_path / "arms.md").read_text() == table.read_text()
-    assert (tmp_path / "frontier.png").read_bytes() == (table.parent / "frontier.png").read_bytes()
+    assert (tmp_path / "arms.png").read_bytes() == table.with_suffix(".png").read_bytes()
 
 
 @pytest.mark.slow
