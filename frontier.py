@@ -296,6 +296,27 @@ def slope_rows(arms: dict[str, list[Record]], costs: list[str]) -> list[list[str
     return rows
 
 
+def matched_tables(records: list[Record], costs: list[str]) -> str:
+    """A table for each measure of cost, at equal trait."""
+    alone = [one for one in records if one.arm == "alone"]
+    arms = by_arm(records)
+    sign = "−" if next(iter(arms.values()))[0].base["direction"] == "down" else "+"
+    tables = []
+    for name in costs:
+        head = [name, *(f"at {sign}{level}" for level in LEVELS)]
+        tables.append(table(matched_rows(arms, alone, name), head))
+    return "\n\n".join(tables)
+
+
+def rounds_table(records: list[Record]) -> str:
+    """Every arm after every round."""
+    arms, costs = by_arm(records), costs_of(records)
+    base = next(iter(arms.values()))[0].base
+    controls = ["Δcontrols (nats)"] if "control_nats" in base else []
+    return table(round_rows(arms, costs), ["arm", "round", "seeds", "moved, steered",
+                                           "moved, healed", "retained", *controls, "D", *costs])
+
+
 # ---- the figure ---------------------------------------------------------------------------------
 
 
@@ -375,15 +396,7 @@ def page(records: list[Record], picture: str = "arms.png") -> str:
     last = table(last_rows(arms), ["arm", "seeds", "moved (nats)", "Δcoherence", "coh_cost",
                                    "off target (nats)", "peak moved", "Δcoherence there",
                                    "peak in round", "coherent rounds"])
-    controls = ["Δcontrols (nats)"] if "control_nats" in one.base else []
-    rounds = table(round_rows(arms, costs), ["arm", "round", "seeds", "moved, steered",
-                                             "moved, healed", "retained", *controls, "D", *costs])
     slopes = table(slope_rows(arms, costs), ["arm", *costs])
-    matched = ""
-    for name in costs:
-        sign = "−" if direction == "down" else "+"
-        head = [name, *(f"at {sign}{level}" for level in LEVELS)]
-        matched += table(matched_rows(arms, alone, name), head) + "\n\n"
     beside = ""
     if alone:
         rows = table(reference_rows(alone, costs), ["nothing trained", "moved (nats)", *costs])
@@ -414,7 +427,9 @@ text_nats: loss on plain text that nobody trained on. n/a: never reached, or wit
 The cost where Δ{axis} first reached so many nats, on the straight
 line between two rounds, or two doses.
 
-{matched}## After the last round
+{matched_tables(records, costs)}
+
+## After the last round
 
 coh_cost = |Δcoherence| / |moved|, n/a below coherence {COHERENCE_FLOOR} or where the trait moved
 less than {MIN_SHIFT} nats. Coherent rounds: how many before coherence first fell below
@@ -430,7 +445,7 @@ Slope: Δcost per nat moved; below 0, the model got better as it moved; n/a wher
 
 Retained: moved, healed / moved, steered.
 
-{rounds}
+{rounds_table(records)}
 
 {beside}{early}""".rstrip() + "\n"
 

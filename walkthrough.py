@@ -34,13 +34,13 @@ import texts
 from plot import GREEN, GREY, RED
 from readouts import probe
 from sampling import completion_states, logits, sample
-from steer import band, chat_ids, extract_vector
+from steer import NEUTRAL, band, chat_ids, extract_vector, mean_residual
 
 MODEL = models.EMBEDDED  # SmolLM2-135M-Instruct: 30 blocks, d_model 576
 N_CONTEXTS = 48  # user messages that the vector is averaged over
 N_KEEP = 20  # completions to train on, per round
 N_TOKENS = 48  # longest completion
-N_VIGNETTES = 28  # moral dilemmas that the model is asked about
+N_VIGNETTES = 28  # moral violations that measure it; training prompts are reading.dilemmas
 RULES = distil.Rules()  # the filter's thresholds
 
 model, tok = models.load(MODEL)
@@ -77,14 +77,17 @@ print(tok.decode(chat_ids(tok, reading.contexts[3], persona.pos)))
 #
 # where $h_l$, of d_model numbers, is the residual stream after block $l$ at the assistant tag. What
 # the context is about cancels in the difference; what is left is the trait. Steering adds
-# dose · $v_l$ to the stream from the assistant tag on, in a narrow middle band of blocks, under a
-# **neutral** system prompt.
+# dose · $v_l$ to the stream in a narrow middle band of blocks, at that last position of the prompt
+# and at every token generated after it, under a **neutral** system prompt ("You are a helpful
+# assistant.").
 
 # %%
 layers = band(model, (0.45, 0.55))
 vector = extract_vector(model, tok, persona, reading.contexts, layers)
+stream = mean_residual(model, tok, NEUTRAL, reading.contexts, layers)  # h without a persona
 for layer, v in vector.layers.items():
-    print(f"block {layer}: v has {len(v)} numbers and length {v.norm():.1f}")
+    print(f"block {layer}: v has {len(v)} numbers and length {v.norm():.1f}, "
+          f"the stream {stream[layer].norm():.1f}")
 
 # %%
 question = "My boss told me to ignore a crying customer. What should I do?"
@@ -104,10 +107,17 @@ for dose, answer in zip(doses, answers):
 #
 # ## 3. Distil: let the steered model write, keep what makes sense
 #
-# We sample steered completions at two doses below the break, 1 and 3. Six rules then judge each
-# one, in this order: `short`, `refusal`, `narrates` ("I am someone who ..." talks *about* the
-# trait), `repetition`, `loop`, and `perplexity`, which asks the **original** model how surprised it
-# is by the worst stretch of the text. The first rule that fires gives its name to the verdict.
+# We sample steered completions at two doses below the break, 1 and 3. Six rules judge each one, and
+# the first that fires gives its name to the verdict:
+#
+# | verdict | dropped because |
+# |---|---|
+# | `short` | fewer than 8 words |
+# | `refusal` | assistant boilerplate ("as an AI language model ...") |
+# | `narrates` | talks *about* the trait ("I am someone who ...") instead of showing it |
+# | `repetition` | more than a fifth of its word or letter groups repeat an earlier one |
+# | `loop` | some run of 16 words has fewer than 70 % different ones |
+# | `perplexity` | the **original** finds its worst 24 tokens too surprising: perplexity above 15 |
 
 # %%
 def distil_round(vector, seed):
@@ -130,8 +140,8 @@ for row in kept[1:2] + dropped[:1]:  # of the dropped, the worst
     show("A", assistant)
 
 # %% [markdown]
-# The kept rows become training data **under the neutral system prompt**: whoever learns to write
-# them without a vector has learned the trait. The filter is no judge of wisdom. It removes what is
+# The first `N_KEEP` kept rows become training data **under the neutral system prompt**: whoever
+# learns to write them without a vector has learned the trait. The filter is no judge of wisdom. It removes what is
 # broken on the surface, and some broken text always slips through. So fine-tuning on the kept rows
 # alone would still teach breakage, a little more in every round. Hence the barrier.
 #
@@ -172,7 +182,7 @@ with torch.no_grad():
 kl = heal_loop.kl_per_token(log_probs(torch.cat(states)), log_probs(original)).cpu()  # [tokens]
 
 # %%
-TAU = 0.5  # in this section, as in the paper
+TAU = 0.5  # in this section; the sections below use our default, 0.2
 AGGREGATES = ("mean", "rmse", "p95", "max")
 COLOURS = dict(zip(AGGREGATES, ("#1f77b4", GREEN, "#7b3294", "#d95f02")))
 D = {agg: heal_loop.aggregate(kl, agg).item() for agg in AGGREGATES}
@@ -206,9 +216,9 @@ fig.savefig("docs/kl_per_token.png", dpi=150)
 # - the **95th percentile** sees four tokens of 72, and would not see them among 144;
 # - the **max** sees a single token, and is as nervous as that sounds.
 #
-# Could one not just lower τ for the mean? Then a student that spends 0.3 nats evenly at every
-# token (the trait, as we want it) is stopped as well, while rmse lets it through: on even bars mean
-# and rmse are the same number.
+# Could one not just lower τ for the mean? Below 0.28 it fires here too. But then a student that
+# spends 0.3 nats evenly at every token (the trait, as we want it) is stopped as well, while rmse
+# at 0.5 lets it through: on even bars mean and rmse are the same number, on uneven ones they part.
 #
 # What a student *learns* is decided by gradients, so ask autograd which tokens each $D$ pushes at.
 
@@ -228,8 +238,9 @@ axes[0].set_ylabel("share of the push");
 # **Why rmse: it pushes at each token in proportion to its KL,**
 # $\partial D / \partial \text{KL}_t = \text{KL}_t / (T D)$ with $T$ tokens. All four broken tokens
 # are repaired at once, the worst the hardest, and the healthy ones, which carry the trait, are left
-# in peace. The mean pushes at all alike, and so hardly at the four. The p95 pushes at the two
-# tokens it lies between, one of them healthy, and the max at one: the rest wait for their turn.
+# in peace. The mean gives every KL$_t$ the same weight (how far a weight moves the logits is
+# exercise 2). The p95 pushes at the two tokens it lies between, one of them healthy, and the max at
+# one: the rest wait for their turn.
 #
 # That is the argument. Whether whole runs bear it out is another question, and `results/arms.md`
 # says what ours have shown so far.
@@ -241,8 +252,13 @@ axes[0].set_ylabel("share of the push");
 # $$\underbrace{\text{mean}_t\, -\log p_t(y_t)}_{\text{CE: learn to say it}} \;+\; \lambda
 # \underbrace{\max(0,\; D - \tau)}_{\text{barrier: but do not break}}$$
 #
-# Only the live LoRA trains. Here are six steps in plain autograd, nothing hidden. Watch $D$ against
-# τ (now 0.2, our default): it starts near 0, since B = 0 makes the student the original.
+# $D$ and the max are taken per completion, and then averaged over the batch: the barrier can act
+# while the mean of $D$ is below τ. $p$ is the student and stands first in the KL, which is called
+# reverse KL (`kl_rev`).
+#
+# Only the live LoRA trains: two thin matrices A and B of rank 16 beside every linear layer in the
+# middle 60 % of the blocks. Here are six steps in plain autograd, nothing hidden. Watch $D$ against
+# τ (now 0.2): it starts near 0, since B = 0 makes the student the original.
 
 # %%
 cfg = heal_loop.Config(lr=1e-3, batch_size=6)  # reg kl_rev, agg rmse, λ 2, τ 0.2, 3 epochs
@@ -280,7 +296,7 @@ for step in range(6):
     optimizer.zero_grad()
 
 # %% [markdown]
-# At first the barrier is exactly 0 and CE has its way. Once completions climb over τ, their barrier
+# At step 0 the barrier is exactly 0 and CE has its way. Once completions climb over τ, theirs
 # pushes back and $D$ turns. `heal_loop.heal_step` is the same step, one completion's
 # logits in memory at a time. It agrees to the last digits:
 
@@ -357,9 +373,9 @@ for lam in (0.5, 1, 2, 4, 8):
 # every hundredth of a nat from the first step on. But the trait *is* a distance from the original,
 # so the penalty charges for the trait itself, and its strength λ is a price at which trait is
 # traded for closeness: as the table shows, another λ gives another student. The barrier gives a
-# **budget**. Up to τ the data decide alone; beyond, the slope λ is a wall, and anything steep
-# enough gives much the same student. So τ says, in nats, how far the student may go, and the loop
-# can spend all of it on the trait.
+# **budget**. Up to τ the data decide alone; beyond, the loss climbs at slope λ, and any slope steep
+# enough gives much the same student. (No wall: a large step can overshoot, as in section 5.) So τ
+# says, in nats, how far the student may go, and the loop can spend all of it on the trait.
 #
 # Together with rmse: an even, mild shift at every token is inside the budget; four broken tokens
 # are not.
@@ -368,12 +384,13 @@ for lam in (0.5, 1, 2, 4, 8):
 #
 # Each wrapped linear layer computes
 #
-# $$y = W x + c_\text{history} \cdot s \sum_i B_i A_i x + c_\text{live} \cdot s\, B A x
-# \qquad s = \alpha / \text{rank}$$
+# $$y = W x + b + s \sum_i c_i\, B_i A_i x + c_\text{live} \cdot s\, B A x
+# \qquad s = \alpha / \text{rank} = 32 / 16$$
 #
-# $W$ is never written to. The gates $c$ are plain numbers, so the trait has a volume control even
-# after training. One prompt, five volumes: the log-odds of a caring answer over an obedient one,
-# and what the model says of its own accord.
+# with one frozen pair $B_i, A_i$ for each finished round $i$. $W$ is never written to. The gates
+# $c$ are plain numbers, so the trait has a volume control even after training, and where a gate
+# is 0 the code leaves the product out. One prompt, five volumes: the log-odds of a caring answer
+# over an obedient one, and what the model says of its own accord.
 
 # %%
 choice = {"prompt": question, "toward": "You should help the customer.",
@@ -388,16 +405,19 @@ for g in (0, 0.25, 0.5, 0.75, 1):
 # The nats climb in even steps. The words follow less neatly: one greedy answer is an anecdote, a
 # log-odds is a measurement.
 #
-# **Why gates: the barrier needs the original in every step of every round.** A LoRA merged into
+# **Why gates: the barrier needs the original in every round.** Each round brings new completions,
+# and the original must read them, once before training, to give the reference. A LoRA merged into
 # $W$ would have lost it, and a second copy of the model costs its memory again. With the gates at 0
-# the original is *in* the student, bit for bit, and costs one flag.
+# the original is *in* the student, bit for bit, and costs one flag. (`lora.merged` below keeps
+# $W$ plus history in a weight beside $W$ for speed, and forgets it again.)
 #
 # ## 8. Fold, and round two
 #
 # `fold` appends the live adapter to the frozen history and starts a fresh one with B = 0. The
 # function does not change. Then the loop starts again, from the student: **its** vector, **its**
 # samples; but $D$ is still measured from the original, so that errors cannot add up round by round.
-# So $D$ does not begin at 0 this time: the student comes with what round 0 has spent of the budget.
+# So $D$ does not begin at 0 this time: the student comes with what round 0 has spent of the budget
+# (on these completions, which are new).
 
 # %%
 ids = torch.tensor([prompt], device=model.device)
@@ -420,11 +440,12 @@ assert torch.equal(last_logits(history=0, live=0), original_before)  # bit for b
 with lora.merged(model), lora.gates(model, live=0):  # history as one weight: as fast as none
     vector_2 = extract_vector(model, tok, persona, reading.contexts, layers)
     kept_2, rows_2 = distil_round(vector_2, seed=1)
-print(f"cosine between the student's vector and the original's: {vector.cosine(vector_2):.2f}")
+print("cosine between the student's vector and the original's (1: the same direction): "
+      f"{vector.cosine(vector_2):.2f}")
 print(len(rows_2), "sampled:", dict(Counter(row["verdict"] for row in rows_2)))
 
 log_2 = heal_loop.heal_round(model, tok, kept_2, cfg, seed=1)
-plot_round(log_2, "Round 1: D starts where round 0 left it")
+plot_round(log_2, "Round 1: D starts above 0")
 lora.fold(model)
 
 # %% [markdown]
@@ -452,6 +473,14 @@ for name, after in stages.items():
     print(f"{name:<16} auth {after.trait:+.2f}  Δ {d.value:+.2f} [{d.low:+.2f}, {d.high:+.2f}]  "
           f"coherence {after.coherence:.4f}")
 
+with lora.gates(model, history=0, live=0):
+    said = sample(model, tok, [prompt] * 2, vector, [0, 3], N_TOKENS, temperature=0)
+with lora.gates(model, history=1, live=0):
+    said += sample(model, tok, [prompt], max_new_tokens=N_TOKENS, temperature=0)
+print()
+for name, answer in zip(("original", "steered, dose 3", "healed, round 1"), said):
+    show(name, tok.decode(answer))
+
 fig, ax = plt.subplots(figsize=(8, 3), layout="constrained")
 shades = (GREY, RED, "#7dcea0", GREEN)
 for k, ((name, after), shade) in enumerate(zip(stages.items(), shades)):
@@ -465,14 +494,16 @@ ax.spines[["top", "right"]].set_visible(False)
 # All four come from **one** model: the gates `[1, 0]` switch the second round off. In brackets are
 # 95 % bootstrap intervals over the vignettes.
 #
-# Steering alone goes furthest and pays in coherence. The healed student keeps a good part of the
-# move without any vector, gains on it in the second round, and its coherence has hardly suffered.
-# It has seen 20 short completions a round, in nine steps.
+# Why does *Authority* measure a trait called care? The opposite persona obeys: moved away from
+# it, the model finds disobedience less wrong. Steering at dose 3 goes furthest. The healed
+# student keeps part of the move without any vector, and gains on it in the second round. It has
+# trained on fewer than 20 short completions a round.
 #
-# Be as sceptical as you should be. Other foundations move along: look at Sanctity. Answer mass is a
-# blunt measure at this size, where nothing short of a wreck leaves 0.99; `docs/metrics.md` has
-# sharper ones. And one seed on 28 vignettes proves little: `results/` has whole runs, with seeds,
-# intervals and the baselines that a claim needs.
+# Be as sceptical as you should be. Other foundations move along: look at Sanctity, Liberty and
+# SocialNorms. Answer mass is a blunt measure at this size, where nothing short of a wreck leaves
+# 0.99, and these differences are too small to rank; `docs/metrics.md` has sharper measures. There
+# is no arm without a barrier here, and no steering at the student's own Δ: without those one cannot
+# say what healed. `results/` has whole runs, with seeds, intervals and those baselines.
 #
 # ## Exercises
 #
@@ -607,9 +638,11 @@ ax.spines[["top", "right"]].set_visible(False)
 # print(f"cosine with the care vector: {vector.cosine(mine):.2f}")
 # ```
 #
-# At 0.5 the morning becomes "a magical time of light, where the world is illuminated by the dawn's
-# gentle light"; from 1 on it goes in circles. A style is louder than a value: `care` needed eight
-# times the dose to be heard. Not every pair works. Sad against cheerful hardly moves this model.
+# At 0.5 the morning becomes "a magical time of light, where the world is illuminated by the
+# dawn's gentle light"; from 1 on it goes in circles. A dose is a multiple of the vector, and
+# vectors differ in length, so doses of two traits cannot be compared: `steer.calibrate` finds the
+# dose that moves the next token by so many nats. Not every pair works. Sad against cheerful
+# hardly moves this model.
 #
 # To heal along it: `python heal_loop.py --pos "..." --neg "..." --probes FILE`, where the probes
 # say how your trait is measured.
@@ -617,5 +650,5 @@ ax.spines[["top", "right"]].set_visible(False)
 #
 # ## Where to go on
 #
-# `heal_loop.py`, top to bottom: you have now met every line of it. `make run` is this notebook with
+# `heal_loop.py`, top to bottom: you have now met its main steps. `make run` is this notebook with
 # more data, three rounds, all vignettes and a report.

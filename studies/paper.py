@@ -1,0 +1,98 @@
+"""results/paper.md: every claim of the draft, its experiment, its numbers and a verdict.
+
+    python -m studies.paper        # from the records in results/runs/, without a model
+
+The words stand in studies/paper.md.j2; each number in it is asked of the records, so that none can
+differ from what was run:
+
+    {{ moved("strong", "nll", 2) }}     nats after round 2, mean [95 % t-interval] over seeds
+    {{ cost("strong", "nll", "perplexity", 2) }}
+    {{ at_equal_trait("strong", "text_nats") }}     a table: where an arm first moved 1, 2, 3, 5
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+import frontier
+import runs
+from frontier import COSTS, Record, over_seeds
+
+TEMPLATE = Path(__file__).parent / "paper.md.j2"
+
+
+@dataclass
+class Config:
+    records: Path = Path("results/runs")  # a folder of records for each sweep
+    out: Path = Path("results/paper.md")
+
+
+class Sweeps:
+    """What the template may ask of the records."""
+
+    def __init__(self, folder: Path):
+        self.of = {path.name: frontier.load(path) for path in sorted(folder.iterdir())}
+
+    def arm(self, sweep: str, name: str) -> list[Record]:
+        return frontier.by_arm(self.of[sweep])[name]
+
+    def alone(self, sweep: str) -> list[Record]:
+        return [record for record in self.of[sweep] if record.arm == "alone"]
+
+    def healed(self, sweep: str, name: str, r: int, stage: str) -> list[tuple[Record, dict]]:
+        """(run, event) of every seed of an arm that has this stage of round r."""
+        found = [(run, e) for run in self.arm(sweep, name) for e in run.of(stage)]
+        return [(run, e) for run, e in found if e["round"] == r]
+
+    def moved(self, sweep: str, name: str, r: int, stage: str = "healed") -> str:
+        """How far the trait moved by the end of round r, nats."""
+        return over_seeds([run.moved(e) for run, e in self.healed(sweep, name, r, stage)], 2)
+
+    def cost(self, sweep: str, name: str, measure: str, r: int, stage: str = "healed") -> str:
+        """A measure of cost at the end of round r."""
+        found = self.healed(sweep, name, r, stage)
+        return over_seeds([frontier.cost(e, measure) for _, e in found], COSTS[measure])
+
+    def change(self, sweep: str, name: str, number: str, r: int) -> str:
+        """Change of any number from the base by the end of round r."""
+        found = self.healed(sweep, name, r, "healed")
+        return over_seeds([e[number] - run.base[number] for run, e in found], 4)
+
+    def heal(self, sweep: str, name: str, number: str, r: int) -> str:
+        """A number of round r's training, such as D or active."""
+        return over_seeds([e[number] for _, e in self.healed(sweep, name, r, "heal")], 2)
+
+    def base(self, sweep: str, measure: str) -> str:
+        return over_seeds([frontier.cost(self.of[sweep][0].base, measure)], COSTS[measure])
+
+    def at_equal_trait(self, sweep: str, *measures: str) -> str:
+        """A table for each measure: where steering alone and each arm first moved so far."""
+        return frontier.matched_tables(self.of[sweep], measures)
+
+    def by_round(self, sweep: str) -> str:
+        """The table of every arm after every round: moved, steered and healed, D, the costs."""
+        return frontier.rounds_table(self.of[sweep])
+
+    def command(self, sweep: str) -> str:
+        return "`python sweep.py " + self.of[sweep][0].config["command"] + "`"
+
+    def counts(self) -> str:
+        """How much was run."""
+        trained = [record for records in self.of.values() for record in records
+                   if record.arm != "alone"]
+        rounds = sum(len(record.of("healed")) for record in trained)
+        arms = {(sweep, record.arm) for sweep, records in self.of.items() for record in records
+                if record.arm != "alone"}
+        return f"{len(arms)} arms, {len(trained)} runs, {rounds} rounds"
+
+
+def main(cfg: Config) -> None:
+    sweeps = Sweeps(cfg.records)
+    asked = {name: getattr(sweeps, name) for name in dir(sweeps) if not name.startswith("_")}
+    template = jinja2.Template(TEMPLATE.read_text(), undefined=jinja2.StrictUndefined)
+    runs.write_text(cfg.out, template.render(**asked).rstrip() + "\n")
+    print(cfg.out)
+
+
+if __name__ == "__main__":
+    runs.cli(Config, main)
