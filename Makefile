@@ -3,15 +3,17 @@
 # make env: what all of them need.
 PYTHON ?= python3
 PY := .venv/bin/python
+# a core each: two threads on one tiny model wait for each other more than they compute
+TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 
 run: env
 	$(PY) heal_loop.py --reg kl_rev --agg rmse
 
 test: env
-	$(PY) -m pytest -q tests
+	$(TEST) tests
 
 quick: env
-	$(PY) -m pytest -q -m "not slow" tests
+	$(TEST) -m "not slow" tests
 
 walkthrough: env
 	$(PY) -m pip install -q --disable-pip-version-check -r requirements-walkthrough.txt

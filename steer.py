@@ -20,6 +20,7 @@ the distance between the two personas. With any chat model of transformers and i
 """
 import contextlib
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,9 +190,9 @@ def calibrate(model, tok, vector: SteeringVector, prompts: list[str], nats: floa
               tokens: int = 16) -> float:
     """The dose at which the vector moves the model's next token by `nats`, on any trait and model.
 
-    By bisection, to 2 %: the 95th percentile, over prompts and the first `tokens` tokens of their
-    answers, of KL(steered ‖ unsteered) (iso-KL: wassname/steering-lite). The answers are the
-    unsteered model's, greedy. Raises ValueError where no dose up to 1024 reaches it.
+    To 2 % of the nats, by bisection: the 95th percentile, over prompts and the first `tokens`
+    tokens of their answers, of KL(steered ‖ unsteered) (iso-KL: wassname/steering-lite). The
+    answers are the unsteered model's, greedy. Raises ValueError where no dose up to 1024 reaches it.
     """
     # 1. the unsteered answers, and what the model says at each of their positions
     ids, mask, _ = left_pad([chat_ids(tok, p) for p in prompts], model.device)
@@ -213,17 +214,21 @@ def calibrate(model, tok, vector: SteeringVector, prompts: list[str], nats: floa
         logp = next_logp(dose)
         return (logp.exp() * (logp - unsteered)).sum(-1).quantile(0.95).item()
 
-    # 2. a dose that is too much, by doubling; then halve the interval
-    low, high = 0.0, 1.0
-    while moved(high) < nats:
-        low, high = high, 2 * high
-        if high > 1024:
-            raise ValueError(f"no dose up to 1024 moves the next token by {nats} nats; "
-                             "fix: fewer nats, or a vector of another persona pair")
-    while high - low > 0.02 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if moved(middle) > nats else (middle, high)
-    return (low + high) / 2
+    # 2. between a dose that is too little and one that is too much. KL grows as the square of a
+    # small dose, which says where to look next; where that leads too far, the middle
+    low, dose, high = 0.0, 1.0, math.inf
+    for _ in range(30):
+        reached = moved(dose)
+        if abs(reached - nats) <= 0.02 * nats:
+            return dose
+        low, high = (dose, high) if reached < nats else (low, dose)
+        middle = (low + high) / 2 if high < math.inf else 2 * low
+        guess = dose * math.sqrt(nats / max(reached, 1e-9))
+        dose = guess if low < guess < min(high, 4 * dose) else middle
+        if dose > 1024:
+            break
+    raise ValueError(f"no dose up to 1024 moves the next token by {nats} nats; "
+                     "fix: fewer nats, or a vector of another persona pair")
 
 
 # ---- prompts -------------------------------------------------------------------------------------
