@@ -1,0 +1,136 @@
+"""Is the student its own shift? Add the shift to the original, take it out of the student.
+
+    s_l        = mean over contexts of h_l(student) − h_l(original), neutral prompt, assistant tag
+    sufficient = moved by the original + s                        / moved by the student
+    necessary  = 1 − moved by the student with s projected out    / moved by the student
+
+    python -m studies.cause runs/strong/kl_rev_rmse_s?     # results/cause.md; a minute a run
+
+h ← h + s, and h ← h − (h · u) u with u = s / |s|, in the steered blocks and from the assistant tag
+on, as steering acts. The control has a random direction of the same length. After Blank et al.
+2026 (arXiv 2606.00995), who ask it of subliminal students.
+"""
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+import heal_loop
+import lora
+import models
+import runs
+import texts
+from evaluate import evaluate
+from frontier import over_seeds
+from steer import NEUTRAL, SteeringVector, band, mean_residual, residual
+from studies.readout import markdown, ran_on
+
+
+@dataclass
+class Config:
+    run: tyro.conf.Positional[tuple[Path, ...]]  # run folders, one arm over seeds
+    device: str = "auto"  # auto, cuda, mps or cpu
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bfloat16 where native
+    out: Path = Path("results")  # folder for cause.md
+
+
+class Projection(SteeringVector):
+    """Takes its directions out of the residual stream, where a steering vector would add them."""
+
+    @contextlib.contextmanager
+    def at(self, model, dose, last_only: bool | int = False):
+        """As `SteeringVector.at`; dose 1 takes all of it out."""
+        def without(v):
+            u = v / v.norm()
+
+            def hook(block, args, output):
+                h = residual(output)  # [batch, seq, d_model]
+                n = last_only or h.shape[1]
+                direction = u.to(h.device)
+                along = h[:, -n:].float() @ direction  # [batch, n]
+                step = (dose * along[..., None] * direction).to(h.dtype)
+                h = torch.cat([h[:, :-n], h[:, -n:] - step], 1)
+                return h if torch.is_tensor(output) else (h, *output[1:])
+            return hook
+
+        with contextlib.ExitStack() as hooks:
+            for l, v in self.layers.items():
+                block = model.get_decoder().layers[l]
+                hooks.enter_context(block.register_forward_hook(without(v)))
+            yield
+
+
+def shift(model, tok, contexts: list[str], layers: list[int]) -> dict[int, torch.Tensor]:
+    """{layer: student − original at the assistant tag, [d_model]}."""
+    with lora.merged(model), lora.gates(model, history=1, live=0):
+        student = mean_residual(model, tok, NEUTRAL, contexts, layers)
+    with lora.gates(model, history=0, live=0):
+        original = mean_residual(model, tok, NEUTRAL, contexts, layers)
+    return {l: student[l] - original[l] for l in layers}
+
+
+def of_run(model, tok, settings: heal_loop.Config) -> dict[str, float]:
+    """How far each of six models moved the trait from the original, nats."""
+    reading = texts.read(settings)
+    s = shift(model, tok, reading.contexts, band(model, settings.steer_layers))
+    generator = torch.Generator().manual_seed(settings.seed)
+    noise = {l: torch.randn(len(v), generator=generator) for l, v in s.items()}
+    noise = {l: n * s[l].norm() / n.norm() for l, n in noise.items()}
+
+    # the gates (0: original, 1: student), and what is done to the stream
+    cases = {"student": (1, None), "original + s": (0, SteeringVector(s)),
+             "original + random": (0, SteeringVector(noise)),
+             "student without s": (1, Projection(s)),
+             "student without random": (1, Projection(noise)),
+             "original without s": (0, Projection(s))}
+    sign = -1 if reading.direction == "down" else 1
+    with lora.gates(model, history=0, live=0):
+        base = evaluate(model, tok, reading, settings.readout)
+    moved = {}
+    for name, (gate, vector) in cases.items():
+        with lora.merged(model), lora.gates(model, history=gate, live=0):
+            profile = evaluate(model, tok, reading, settings.readout, base.constants,
+                               vector=vector, dose=1.0)
+        moved[name] = sign * (profile.trait - base.trait)
+    return moved
+
+
+def main(cfg: Config) -> None:
+    # 1. measure
+    found = []
+    for folder in tqdm(cfg.run, "runs", leave=False, disable=None):
+        settings = runs.read_config(heal_loop.Config, folder)
+        model, tok = models.load(settings.model, cfg.device, cfg.dtype)
+        rounds = range(runs.rounds_done(folder))
+        lora.load(model, [folder / f"round_{r}/adapter.safetensors" for r in rounds])
+        found.append(of_run(model, tok, settings))
+
+    # 2. write: each run, the mean over runs, and the two shares
+    rows = [[folder.name, *(f"{x:.2f}" for x in moved.values())]
+            for folder, moved in zip(cfg.run, found)]
+    rows.append(["all", *(over_seeds([moved[name] for moved in found], 2) for name in found[0])])
+    shares = {"sufficient": [m["original + s"] / m["student"] for m in found],
+              "necessary": [1 - m["student without s"] / m["student"] for m in found],
+              "necessary, random direction": [1 - m["student without random"] / m["student"]
+                                              for m in found]}
+    said = "\n".join(f"- {name}: {over_seeds(values, 2)}" for name, values in shares.items())
+    text = f"""# The student's shift: added to the original, taken out of the student
+
+`python -m studies.cause {" ".join(map(str, cfg.run))}` · {ran_on(model)} ·
+{settings.n_vignettes or "all"} vignettes · moved: Δ of the trait in its own direction, nats; in
+brackets, from three runs on, the 95 % t-interval over runs
+
+{markdown(rows, ["run", *found[0]])}
+
+{said}
+"""
+    runs.write_text(cfg.out / "cause.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    runs.cli(Config, main)
