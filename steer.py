@@ -19,6 +19,7 @@ the distance between the two personas. With any chat model of transformers and i
     python steer.py --trait care --dose 0 2 4 --prompt "My boss told me to ignore a customer."
 """
 import contextlib
+import functools
 import json
 import math
 import re
@@ -29,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from scipy.optimize import brentq
 from tqdm import tqdm
 
 NEUTRAL = "You are a helpful assistant."
@@ -190,7 +192,7 @@ def calibrate(model, tok, vector: SteeringVector, prompts: list[str], nats: floa
               tokens: int = 16) -> float:
     """The dose at which the vector moves the model's next token by `nats`, on any trait and model.
 
-    To 2 % of the nats, by bisection: the 95th percentile, over prompts and the first `tokens`
+    To 1 % of the dose, by Brent's method: the 95th percentile, over prompts and the first `tokens`
     tokens of their answers, of KL(steered ‖ unsteered) (iso-KL: wassname/steering-lite). The
     answers are the unsteered model's, greedy. Raises ValueError where no dose up to 1024 reaches it.
     """
@@ -210,25 +212,22 @@ def calibrate(model, tok, vector: SteeringVector, prompts: list[str], nats: floa
         return z[:, -tokens - 1:-1].float().log_softmax(-1)  # position t predicts t + 1
     unsteered = next_logp(0.0)
 
-    def moved(dose):  # KL(steered ‖ unsteered) per position; its 95th percentile, nats
-        logp = next_logp(dose)
-        return (logp.exp() * (logp - unsteered)).sum(-1).quantile(0.95).item()
+    @functools.cache
+    def moved(x):  # log of the 95th percentile of KL(steered ‖ unsteered), at dose e^x
+        logp = next_logp(math.exp(x))
+        kl = (logp.exp() * (logp - unsteered)).sum(-1)  # [prompts, tokens]
+        return math.log(max(kl.quantile(0.95).item(), 1e-9))
 
-    # 2. between a dose that is too little and one that is too much. KL grows as the square of a
-    # small dose, which says where to look next; where that leads too far, the middle
-    low, dose, high = 0.0, 1.0, math.inf
-    for _ in range(30):
-        reached = moved(dose)
-        if abs(reached - nats) <= 0.02 * nats:
-            return dose
-        low, high = (dose, high) if reached < nats else (low, dose)
-        middle = (low + high) / 2 if high < math.inf else 2 * low
-        guess = dose * math.sqrt(nats / max(reached, 1e-9))
-        dose = guess if low < guess < min(high, 4 * dose) else middle
-        if dose > 1024:
-            break
-    raise ValueError(f"no dose up to 1024 moves the next token by {nats} nats; "
-                     "fix: fewer nats, or a vector of another persona pair")
+    # 2. a factor of two that holds the dose; in logarithms the curve between is almost straight
+    wanted, step, x = math.log(nats), math.log(2), 0.0
+    while moved(x) < wanted:
+        x += step
+        if math.exp(x) > 1024:
+            raise ValueError(f"no dose up to 1024 moves the next token by {nats} nats; "
+                             "fix: fewer nats, or a vector of another persona pair")
+    while moved(x - step) > wanted:
+        x -= step
+    return math.exp(brentq(lambda x: moved(x) - wanted, x - step, x, xtol=0.01))
 
 
 # ---- prompts -------------------------------------------------------------------------------------
