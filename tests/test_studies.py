@@ -5,15 +5,17 @@ import numpy as np
 import pytest
 import torch
 
+import frontier
+import models
 import runs
 import texts
-from conftest import command, python, tiny
+from conftest import ROOT, command, python, tiny
 from distil import Rules
 from evaluate import Profile
 from readouts import cloze
-from steer import Persona
+from steer import Persona, SteeringVector, calibrate
+from studies import cause, doses, gemma, judge, paper, readout
 from studies import filter as filter_study
-from studies import readout
 from texts import FOUNDATIONS, load_vignettes
 
 FRESH = runs.read_jsonl(filter_study.FRESH)
@@ -156,3 +158,63 @@ def test_the_filter_study_writes_its_page(tiny_folder, tmp_path):
     said = (tmp_path / "filter.md").read_text()
     assert said.strip() == done.stdout.strip() and "| shipped " in said
     assert str(tmp_path) not in said and str(tiny_folder) not in said
+
+
+# ---- doses, cause, judge, paper -----------------------------------------------------------------
+
+
+def test_a_calibrated_dose_reaches_its_nats_through_the_cache_too(embedded):
+    model = tiny("llama", vocab_size=49152, max_position_embeddings=512, initializer_range=0.5)
+    vector = SteeringVector({2: torch.randn(32, generator=torch.Generator().manual_seed(1))})
+    prompts = ["Is it kind?", "What should I do about my boss and the rain?"]
+    dose = calibrate(model, embedded[1], vector, prompts, 0.5)
+    there, twice = doses.reached(model, embedded[1], vector, prompts, [dose, 2 * dose])
+    assert there == pytest.approx(0.5, rel=0.05) and twice > 1.2 * there
+
+
+def test_a_projection_takes_its_direction_out_of_the_last_positions_alone():
+    model, seen = tiny("llama"), []
+    v = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    ids = torch.arange(3, 15).reshape(2, 6)
+    hook = model.model.layers[1].register_forward_hook
+    with torch.no_grad(), cause.Projection({1: v}).at(model, 1.0, last_only=2):
+        with hook(lambda block, args, output: seen.append(output)):
+            model(ids)
+    with torch.no_grad(), hook(lambda block, args, output: seen.append(output)):
+        model(ids)
+    projected, plain = seen
+    assert torch.equal(projected[:, :4], plain[:, :4])
+    assert (projected[:, 4:] @ v).abs().max() < 1e-5 < (plain[:, 4:] @ v).abs().min()
+    across = plain[:, 4:] - (plain[:, 4:] @ v)[..., None] * v / (v @ v)
+    torch.testing.assert_close(projected[:, 4:], across)
+
+
+def test_the_causes_of_a_run_are_written_with_their_shares(run, tmp_path, monkeypatch):
+    command(monkeypatch, "studies/cause", run, run, "--out", tmp_path)
+    said = (tmp_path / "cause.md").read_text()
+    assert "- sufficient: " in said and "original + random" in said
+    assert str(ROOT) not in said
+
+
+def test_an_unrelated_model_judges_what_was_said(run, tiny_folder, tmp_path, monkeypatch):
+    records = tmp_path / "records"
+    frontier.save(frontier.record(run, arm="kl_rev_rmse", command=""), records)
+    monkeypatch.setattr(gemma, "folder", lambda: tiny_folder)
+    command(monkeypatch, "studies/judge", run.parent, records)
+    [record] = frontier.load(records)
+    [healed] = [e for e in runs.read_events(run) if (e["stage"], e["round"]) == ("healed", 1)]
+    model, tok = models.load(str(tiny_folder), dtype="float32")
+    lost = []
+    for row in healed["texts"]:  # one unpadded text at a time
+        asked = tok(row["prompt"] + "\n\n").input_ids
+        said = tok(row["text"], add_special_tokens=False).input_ids
+        with torch.no_grad():
+            logp = model(torch.tensor([asked + said])).logits[0].log_softmax(-1)
+        lost += [-logp[len(asked) + t - 1, token].item() for t, token in enumerate(said)]
+    assert record.of("healed")[1]["judge_perplexity"] == pytest.approx(np.exp(np.mean(lost)), rel=1e-3)
+    assert "judge_perplexity" in frontier.costs_of([record])
+
+
+def test_the_paper_is_made_of_the_committed_records(tmp_path):
+    paper.main(paper.Config(ROOT / "results/runs", tmp_path / "paper.md"))
+    assert (tmp_path / "paper.md").read_text() == (ROOT / "results/paper.md").read_text()
