@@ -455,8 +455,9 @@ def draw(records: list[Record], file: Path) -> None:
     if not by_arm(records):
         raise ValueError("no run of these records was measured; fix: finish the sweep")
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure(records).savefig(file.with_suffix(".png"), dpi=160)
-    runs.write_text(file, page(records, file.with_suffix(".png").name))
+    picture = file.name.removesuffix(".md") + ".png"
+    figure(records).savefig(file.with_name(picture), dpi=160)
+    runs.write_text(file, page(records, picture))
 
 
 def main(cfg: Config) -> None:

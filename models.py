@@ -405,6 +405,7 @@ def fits_one_gpu(auto_class, config, dtype: torch.dtype) -> bool:
 def free_bytes(device: torch.device) -> int:
     """Memory that is free there: a GPU's own, else the machine's."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch holds and does not use is free
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
 
@@ -412,19 +413,21 @@ def free_bytes(device: torch.device) -> int:
 def fit_memory(model, tokens: int) -> dict:
     """What half of the free memory holds, for a model with LoRA attached.
 
-    rows: how many rows of `tokens` tokens at once, from 1 to 96: a row has its keys and values,
-    what two blocks hold at a time, and three arrays of logits. merge: whether a second copy of the
-    adapted weights fits (`lora.merged`).
+    merge: whether a second copy of the adapted weights fits (`lora.merged`). rows: how many rows of
+    `tokens` tokens the rest of it holds, from 1 to 96: a row has its keys and values, what two
+    blocks hold at a time, and three arrays of logits.
     """
     half = free_bytes(model.device) // 2
+    second_copy = sum(m.base.weight.nbytes for m in model.modules() if hasattr(m, "merged_weight"))
+    merge = second_copy <= half
     config, size = model.config.get_text_config(), model.dtype.itemsize
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kept = 2 * config.num_hidden_layers * heads * width
     passing = 2 * 20 * config.hidden_size  # a block: its MLP is about four times as wide
     row = tokens * (kept + passing) * size + 3 * 4 * config.vocab_size
-    adapted = [m.base.weight for m in model.modules() if hasattr(m, "merged_weight")]
-    return {"rows": max(1, min(96, half // row)), "merge": sum(w.nbytes for w in adapted) <= half}
+    rows = (half - merge * second_copy) // row
+    return {"rows": max(1, min(96, rows)), "merge": merge}
 
 
 # ---- its name -----------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def cloze(model, tok, vignettes: list[dict], constants=None, system: str = NEUTR
     constants: [7] nats, those of the original's Answers; None on the original itself.
     The vector acts from the assistant tag on, as in `sampling.sample`.
     """
-    batch_size = batch_size or max(1, min(28, rows_at_once(model) // 3))  # vignettes
+    batch_size = batch_size or max(1, 28 * rows_at_once(model) // 96)  # vignettes; rows are short
 
     # 1. how likely each clause is as the reason: every vignette with every clause
     texts = [chat_text(tok, f"{v['text']} Why is this wrong?", system) for v in vignettes]

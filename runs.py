@@ -363,7 +363,7 @@ def copy_for_fork(source: Path, at: int, folder: Path) -> None:
     write_text(forked / "events.jsonl", to_jsonl(unhealed))
 
     # 3. the events of no round, and where all this is from
-    top = [e for e in read_events(source) if e["stage"] in ("base", "prompted")]
+    top = [e for e in read_events(source) if e["stage"] in ("memory", "base", "prompted")]
     origin = {"stage": "forked", "round": -1, "run": source.name, "at": at}
     write_text(folder / "events.jsonl", to_jsonl([*top, origin]))
 

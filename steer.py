@@ -209,7 +209,7 @@ def calibrate(model, tok, vector: SteeringVector, prompts: list[str], nats: floa
         with vector.at(model, dose, last_only=tokens + 1):
             z = model(input_ids=ids, attention_mask=mask, position_ids=positions,
                       use_cache=False, logits_to_keep=tokens + 1).logits
-        return z[:, :-1].float().log_softmax(-1)  # position t predicts t + 1
+        return z[:, -tokens - 1:-1].float().log_softmax(-1)  # position t predicts t + 1
     unsteered = next_logp(0.0)
 
     @functools.cache

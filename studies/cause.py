@@ -6,12 +6,14 @@
 
     python -m studies.cause runs/strong/kl_rev_rmse_s?     # results/cause.md; a minute a run
 
-h ← h + s, and h ← h − (h · u) u with u = s / |s|, in the steered blocks and from the assistant tag
-on, as steering acts. The control has a random direction of the same length. After Blank et al.
+h ← h + s, and h ← h − (h · u) u with u = s / |s|, after the last of the steered blocks (at several,
+the sums would add up) and from the assistant tag on. The control is a random direction of the same
+length. After Blank et al.
 2026 (arXiv 2606.00995), who ask it of subliminal students.
 """
 import contextlib
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +26,7 @@ import lora
 import models
 import runs
 import texts
-from evaluate import evaluate
+from evaluate import MIN_SHIFT, evaluate
 from frontier import over_seeds
 from steer import NEUTRAL, SteeringVector, band, mean_residual, residual
 from studies.readout import markdown, ran_on
@@ -76,7 +78,7 @@ def shift(model, tok, contexts: list[str], layers: list[int]) -> dict[int, torch
 def of_run(model, tok, settings: heal_loop.Config) -> dict[str, float]:
     """How far each of six models moved the trait from the original, nats."""
     reading = texts.read(settings)
-    s = shift(model, tok, reading.contexts, band(model, settings.steer_layers))
+    s = shift(model, tok, reading.contexts, band(model, settings.steer_layers)[-1:])
     generator = torch.Generator().manual_seed(settings.seed)
     noise = {l: torch.randn(len(v), generator=generator) for l, v in s.items()}
     noise = {l: n * s[l].norm() / n.norm() for l, n in noise.items()}
@@ -88,39 +90,54 @@ def of_run(model, tok, settings: heal_loop.Config) -> dict[str, float]:
              "student without random": (1, Projection(noise)),
              "original without s": (0, Projection(s))}
     sign = -1 if reading.direction == "down" else 1
+    how = {"think_tokens": settings.think_tokens} if settings.readout == "tinymfv" else {}
     with lora.gates(model, history=0, live=0):
-        base = evaluate(model, tok, reading, settings.readout)
+        base = evaluate(model, tok, reading, settings.readout, **how)
     moved = {}
     for name, (gate, vector) in cases.items():
         with lora.merged(model), lora.gates(model, history=gate, live=0):
             profile = evaluate(model, tok, reading, settings.readout, base.constants,
-                               vector=vector, dose=1.0)
+                               vector=vector, dose=1.0, **how)
         moved[name] = sign * (profile.trait - base.trait)
     return moved
 
 
+def shares(moved: dict[str, float]) -> dict[str, float | None]:
+    """What the module's head defines, of one run; None where the student hardly moved."""
+    if abs(moved["student"]) < MIN_SHIFT:
+        return dict.fromkeys(("sufficient", "sufficient, random direction",
+                              "necessary", "necessary, random direction"))
+    part = {name: value / moved["student"] for name, value in moved.items()}
+    return {"sufficient": part["original + s"],
+            "sufficient, random direction": part["original + random"],
+            "necessary": 1 - part["student without s"],
+            "necessary, random direction": 1 - part["student without random"]}
+
+
 def main(cfg: Config) -> None:
     # 1. measure
+    cfg.out.mkdir(parents=True, exist_ok=True)
     found = []
     for folder in tqdm(cfg.run, "runs", leave=False, disable=None):
         settings = runs.read_config(heal_loop.Config, folder)
         model, tok = models.load(settings.model, cfg.device, cfg.dtype)
-        rounds = range(runs.rounds_done(folder))
-        lora.load(model, [folder / f"round_{r}/adapter.safetensors" for r in rounds])
+        tok.chat_date = date.fromisoformat(settings.date)
+        rounds = runs.rounds_done(folder)
+        if not rounds:
+            raise ValueError(f"{folder} has no finished round; fix: give a run that has one")
+        lora.load(model, [folder / f"round_{r}/adapter.safetensors" for r in range(rounds)])
         found.append(of_run(model, tok, settings))
 
     # 2. write: each run, the mean over runs, and the two shares
     rows = [[folder.name, *(f"{x:.2f}" for x in moved.values())]
             for folder, moved in zip(cfg.run, found)]
     rows.append(["all", *(over_seeds([moved[name] for moved in found], 2) for name in found[0])])
-    shares = {"sufficient": [m["original + s"] / m["student"] for m in found],
-              "necessary": [1 - m["student without s"] / m["student"] for m in found],
-              "necessary, random direction": [1 - m["student without random"] / m["student"]
-                                              for m in found]}
-    said = "\n".join(f"- {name}: {over_seeds(values, 2)}" for name, values in shares.items())
+    parts = [shares(moved) for moved in found]
+    said = "\n".join(f"- {name}: {over_seeds([part[name] for part in parts], 2)}"
+                     for name in parts[0])
     text = f"""# The student's shift: added to the original, taken out of the student
 
-`python -m studies.cause {" ".join(map(str, cfg.run))}` · {ran_on(model)} ·
+`python -m studies.cause {" ".join(folder.name for folder in cfg.run)}` · {ran_on(model)} ·
 {settings.n_vignettes or "all"} vignettes · moved: Δ of the trait in its own direction, nats; in
 brackets, from three runs on, the 95 % t-interval over runs
 

@@ -72,6 +72,7 @@ def of_trait(model, tok, reading: texts.Texts, asked: tuple[float, ...]) -> list
 
 def main(cfg: Config) -> None:
     # 1. measure
+    cfg.out.mkdir(parents=True, exist_ok=True)
     rows, about = [], []
     for name in (models.EMBEDDED, str(gemma.folder())):
         model, tok = models.load(name, cfg.device, cfg.dtype)

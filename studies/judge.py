@@ -7,7 +7,8 @@
     python -m studies.judge runs/strong results/runs/strong     # then: python frontier.py ...
 
 The original's own perplexity is what a barrier trains on; this model has no part in the training.
-Records keep no texts: they are read from the run folders.
+Records keep no texts: they are read from the run folders. A sweep that is run again writes its
+records anew: judge it again.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ class Config:
 
 
 def judged(model, tok, texts: list[dict]) -> float:
-    """Perplexity of all answers together. texts: [{prompt, text}]. Silence is infinite."""
+    """Perplexity of all answers together, infinite where all are silent. texts: [{prompt, text}]"""
     prompts = [tok(row["prompt"] + "\n\n").input_ids for row in texts]
     answers = [tok(row["text"], add_special_tokens=False).input_ids for row in texts]
     return perplexity(torch.cat(score(model, prompts, answers)))

@@ -2,8 +2,8 @@
 
     python -m studies.paper        # from the records in results/runs/, without a model
 
-The words stand in studies/paper.md.j2; each number in it is asked of the records, so that none can
-differ from what was run:
+The words stand in studies/paper.md.j2, and ask the records for the numbers of this version's runs, so
+that none can differ from what was run:
 
     {{ moved("strong", "nll", 2) }}     nats after round 2, mean [95 % t-interval] over seeds
     {{ cost("strong", "nll", "perplexity", 2) }}
@@ -76,13 +76,11 @@ class Sweeps:
     def command(self, sweep: str) -> str:
         return "`python sweep.py " + self.of[sweep][0].config["command"] + "`"
 
-    def counts(self) -> str:
-        """How much was run."""
-        trained = [record for records in self.of.values() for record in records
-                   if record.arm != "alone"]
-        rounds = sum(len(record.of("healed")) for record in trained)
-        arms = {(sweep, record.arm) for sweep, records in self.of.items() for record in records
-                if record.arm != "alone"}
+    def counts(self, *sweeps: str) -> str:
+        """How much was run in these."""
+        trained = [(name, one) for name in sweeps for one in self.of[name] if one.arm != "alone"]
+        rounds = sum(len(one.of("healed")) for _, one in trained)
+        arms = {(name, one.arm) for name, one in trained}
         return f"{len(arms)} arms, {len(trained)} runs, {rounds} rounds"
 
 
@@ -90,7 +88,12 @@ def main(cfg: Config) -> None:
     sweeps = Sweeps(cfg.records)
     asked = {name: getattr(sweeps, name) for name in dir(sweeps) if not name.startswith("_")}
     template = jinja2.Template(TEMPLATE.read_text(), undefined=jinja2.StrictUndefined)
-    runs.write_text(cfg.out, template.render(**asked).rstrip() + "\n")
+    try:
+        text = template.render(**asked)
+    except KeyError as e:
+        raise ValueError(f"{cfg.records} has no {e}, which {TEMPLATE.name} asks for; "
+                         "fix: run the sweep, or studies.judge, again") from None
+    runs.write_text(cfg.out, text.rstrip() + "\n")
     print(cfg.out)
 
 

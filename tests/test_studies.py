@@ -189,11 +189,21 @@ def test_a_projection_takes_its_direction_out_of_the_last_positions_alone():
     torch.testing.assert_close(projected[:, 4:], across)
 
 
-def test_the_causes_of_a_run_are_written_with_their_shares(run, tmp_path, monkeypatch):
-    command(monkeypatch, "studies/cause", run, run, "--out", tmp_path)
-    said = (tmp_path / "cause.md").read_text()
-    assert "- sufficient: " in said and "original + random" in said
-    assert str(ROOT) not in said
+def test_the_shares_are_what_the_shift_brings_and_takes_and_none_where_nothing_moved():
+    moved = {"student": 2.0, "original + s": 1.5, "original + random": 0.1,
+             "student without s": 0.5, "student without random": 1.9, "original without s": -0.2}
+    assert list(cause.shares(moved).values()) == pytest.approx([0.75, 0.05, 0.75, 0.05])
+    assert set(cause.shares({**moved, "student": 0.01}).values()) == {None}
+
+
+def test_the_causes_of_runs_are_written_for_each_and_for_all(run, tmp_path, monkeypatch):
+    command(monkeypatch, "studies/cause", run, run, "--out", tmp_path / "new")
+    said = (tmp_path / "new" / "cause.md").read_text()
+    one, two = re.findall(r"\| run +\|([^\n]+)", said)[1:]
+    assert one == two and str(run) not in said
+    [everything] = re.findall(r"\| all +\|([^\n]+)", said)
+    numbers = [[float(x) for x in row.strip(" |").split("|")] for row in (one, everything)]
+    assert numbers[0] == numbers[1]
 
 
 def test_an_unrelated_model_judges_what_was_said(run, tiny_folder, tmp_path, monkeypatch):
