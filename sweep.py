@@ -322,6 +322,8 @@ def flags_of(cfg: Config) -> str:
         is_left_out = value in (None, [], default[name])
         if not is_left_out and name not in (*chosen, "seed", "baselines"):
             chosen[name] = value
+    if cfg.alone != Config.alone:
+        chosen["alone"] = cfg.alone
     words = []
     for name, value in chosen.items():
         values = value if isinstance(value, (tuple, list)) else [value]
