@@ -65,9 +65,12 @@ class Sweeps:
     def base(self, sweep: str, measure: str) -> str:
         return over_seeds([frontier.cost(self.of[sweep][0].base, measure)], COSTS[measure])
 
-    def prompted(self, sweep: str) -> str:
-        """How far the persona as a system prompt moves the trait."""
-        return over_seeds([run.moved(e) for run in self.alone(sweep) for e in run.of("prompted")], 2)
+    def prompted(self, sweep: str, measure: str | None = None) -> str:
+        """How far the persona as a system prompt moves the trait, nats; or a measure of its cost."""
+        found = [(run, e) for run in self.alone(sweep) for e in run.of("prompted")]
+        if measure:
+            return over_seeds([frontier.cost(e, measure) for _, e in found], COSTS[measure])
+        return over_seeds([run.moved(e) for run, e in found], 2)
 
     def at_equal_trait(self, sweep: str, *measures: str) -> str:
         """A table for each measure: where steering alone and each arm first moved so far."""
