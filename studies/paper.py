@@ -56,7 +56,7 @@ class Sweeps:
     def change(self, sweep: str, name: str, number: str, r: int) -> str:
         """Change of any number from the base by the end of round r."""
         found = self.healed(sweep, name, r, "healed")
-        return over_seeds([e[number] - run.base[number] for run, e in found], 4)
+        return over_seeds([e[number] - run.base[number] for run, e in found], 2)
 
     def heal(self, sweep: str, name: str, number: str, r: int) -> str:
         """A number of round r's training, such as D or active."""
