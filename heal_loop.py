@@ -305,10 +305,9 @@ def loop(cfg: Config, run: runs.Run, model, tok, reading: texts.Texts) -> None:
                     # 1. steer
                     vector = extract_vector(model, tok, persona, contexts, layers)
                     vector.save(folder / "vector.safetensors")
-                    doses = cfg.doses
-                    if cfg.dose_nats:
-                        doses = [calibrate(model, tok, vector, reading.dilemmas[:16], nats)
-                                 for nats in cfg.dose_nats]
+                    doses = cfg.doses or [
+                        calibrate(model, tok, vector, reading.dilemmas[:16], nats)
+                        for nats in cfg.dose_nats]
                     run.record("extract", r, doses=doses)
                     # 2. distil
                     kept, sampled = distil.collect(

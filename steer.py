@@ -194,7 +194,7 @@ def calibrate(model, tok, vector: SteeringVector, prompts: list[str], nats: floa
 
     To 1 % of the dose, by Brent's method: the 95th percentile, over prompts and the first `tokens`
     tokens of their answers, of KL(steered ‖ unsteered) (iso-KL: wassname/steering-lite). The
-    answers are the unsteered model's, greedy. Raises ValueError where no dose up to 1024 reaches it.
+    answers are the unsteered model's, greedy. Raises ValueError where no dose up to 1024 does it.
     """
     # 1. the unsteered answers, and what the model says at each of their positions
     ids, mask, _ = left_pad([chat_ids(tok, p) for p in prompts], model.device)

@@ -141,9 +141,10 @@ for row in kept[1:2] + dropped[:1]:  # of the dropped, the worst
 
 # %% [markdown]
 # The first `N_KEEP` kept rows become training data **under the neutral system prompt**: whoever
-# learns to write them without a vector has learned the trait. The filter is no judge of wisdom. It removes what is
-# broken on the surface, and some broken text always slips through. So fine-tuning on the kept rows
-# alone would still teach breakage, a little more in every round. Hence the barrier.
+# learns to write them without a vector has learned the trait. The filter is no judge of wisdom. It
+# removes what is broken on the surface, and some broken text always slips through. So fine-tuning
+# on the kept rows alone would still teach breakage, a little more in every round. Hence the
+# barrier.
 #
 # ## 4. How broken is a completion? One number from many tokens
 #

@@ -2,8 +2,8 @@
 
     python -m studies.paper        # from the records in results/runs/, without a model
 
-The words stand in studies/paper.md.j2, and ask the records for the numbers of this version's runs, so
-that none can differ from what was run:
+The words stand in studies/paper.md.j2, and ask the records for the numbers of this version's runs,
+so that none can differ from what was run:
 
     {{ moved("strong", "nll", 2) }}     nats after round 2, mean [95 % t-interval] over seeds
     {{ cost("strong", "nll", "perplexity", 2) }}
@@ -66,7 +66,7 @@ class Sweeps:
         return over_seeds([frontier.cost(self.of[sweep][0].base, measure)], COSTS[measure])
 
     def prompted(self, sweep: str, measure: str | None = None) -> str:
-        """How far the persona as a system prompt moves the trait, nats; or a measure of its cost."""
+        """How far the persona as a system prompt moves the trait (nats), or a measure of its cost."""
         found = [(run, e) for run in self.alone(sweep) for e in run.of("prompted")]
         if measure:
             return over_seeds([frontier.cost(e, measure) for _, e in found], COSTS[measure])
