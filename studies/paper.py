@@ -66,7 +66,7 @@ class Sweeps:
         return over_seeds([frontier.cost(self.of[sweep][0].base, measure)], COSTS[measure])
 
     def prompted(self, sweep: str, measure: str | None = None) -> str:
-        """How far the persona as a system prompt moves the trait (nats), or a measure of its cost."""
+        """How far the persona as a system prompt moves the trait, nats; or one of its costs."""
         found = [(run, e) for run in self.alone(sweep) for e in run.of("prompted")]
         if measure:
             return over_seeds([frontier.cost(e, measure) for _, e in found], COSTS[measure])
