@@ -226,18 +226,18 @@ def matched_steering(measure, vector: SteeringVector, base: Profile, wanted: flo
     return min(tried, key=lambda event: abs(event[base.axis] - wanted))
 
 
-def internalised(model, tok, contexts: list[str], vector: SteeringVector) -> float:
-    """Cosine between what the student moved at the assistant tag and the teacher's vector.
-
-    Both under the neutral prompt, averaged over contexts.
-    """
-    layers = list(vector.layers)
+def shift(model, tok, contexts: list[str], layers: list[int]) -> SteeringVector:
+    """Student − original at the assistant tag: neutral prompt, mean over contexts."""
     with lora.merged(model), lora.gates(model, history=1, live=0):
         student = mean_residual(model, tok, NEUTRAL, contexts, layers)
     with lora.gates(model, history=0, live=0):
         original = mean_residual(model, tok, NEUTRAL, contexts, layers)
-    moved = SteeringVector({l: student[l] - original[l] for l in layers})
-    return moved.cosine(vector)
+    return SteeringVector({l: student[l] - original[l] for l in layers})
+
+
+def internalised(model, tok, contexts: list[str], vector: SteeringVector) -> float:
+    """Cosine between the student's shift and the teacher's vector."""
+    return shift(model, tok, contexts, list(vector.layers)).cosine(vector)
 
 
 # ---- two models on the same items ---------------------------------------------------------------

@@ -91,8 +91,8 @@ class SteeringVector:
                 h = residual(output)  # [batch, seq, d_model]
                 v = v.to(h.device)  # once: blocks may be on several devices
                 doses = torch.as_tensor(dose, dtype=torch.float32, device=h.device)
-                step = (doses.reshape(-1, 1, 1) * v).to(h.dtype)  # [batch, 1, d_model]
                 n = last_only or h.shape[1]  # positions to steer: True is 1, False is all
+                step = self.step(h[:, -n:], v, doses.reshape(-1, 1, 1)).to(h.dtype)
                 h = torch.cat([h[:, :-n], h[:, -n:] + step], 1)
                 return h if torch.is_tensor(output) else (h, *output[1:])
             return hook
@@ -101,6 +101,10 @@ class SteeringVector:
             for l, v in self.layers.items():
                 hooks.enter_context(blocks[l].register_forward_hook(steer_with(v)))
             yield
+
+    def step(self, h: torch.Tensor, v: torch.Tensor, doses: torch.Tensor) -> torch.Tensor:
+        """What is added to h [batch, n, d_model] at doses [batch, 1, 1], float32."""
+        return doses * v
 
     def cosine(self, other: "SteeringVector") -> float:
         """Cosine over the concatenated layers of both."""
@@ -213,21 +217,24 @@ def calibrate(model, tok, vector: SteeringVector, prompts: list[str], nats: floa
     unsteered = next_logp(0.0)
 
     @functools.cache
-    def moved(x):  # log of the 95th percentile of KL(steered ‖ unsteered), at dose e^x
-        logp = next_logp(math.exp(x))
+    def log_moved(log_dose):  # of the 95th percentile of KL(steered ‖ unsteered)
+        logp = next_logp(math.exp(log_dose))
         kl = (logp.exp() * (logp - unsteered)).sum(-1)  # [prompts, tokens]
         return math.log(max(kl.quantile(0.95).item(), 1e-9))
 
     # 2. a factor of two that holds the dose; in logarithms the curve between is almost straight
-    wanted, step, x = math.log(nats), math.log(2), 0.0
-    while moved(x) < wanted:
-        x += step
-        if math.exp(x) > 1024:
+    wanted, double, log_dose = math.log(nats), math.log(2), 0.0
+    while log_moved(log_dose) < wanted:
+        log_dose += double
+        if math.exp(log_dose) > 1024:
             raise ValueError(f"no dose up to 1024 moves the next token by {nats} nats; "
                              "fix: fewer nats, or a vector of another persona pair")
-    while moved(x - step) > wanted:
-        x -= step
-    return math.exp(brentq(lambda x: moved(x) - wanted, x - step, x, xtol=0.01))
+    while log_moved(log_dose - double) > wanted:
+        log_dose -= double
+
+    def excess(log_dose):
+        return log_moved(log_dose) - wanted
+    return math.exp(brentq(excess, log_dose - double, log_dose, xtol=0.01))
 
 
 # ---- prompts -------------------------------------------------------------------------------------

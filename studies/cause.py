@@ -8,10 +8,8 @@
 
 h ← h + s, and h ← h − (h · u) u with u = s / |s|, after the last of the steered blocks (at several,
 the sums would add up) and from the assistant tag on. The control is a random direction of the same
-length. After Blank et al.
-2026 (arXiv 2606.00995), who ask it of subliminal students.
+length. After Blank et al. 2026 (arXiv 2606.00995), who ask it of subliminal students.
 """
-import contextlib
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -26,9 +24,9 @@ import lora
 import models
 import runs
 import texts
-from evaluate import MIN_SHIFT, evaluate
+from evaluate import MIN_SHIFT, evaluate, shift
 from frontier import over_seeds
-from steer import NEUTRAL, SteeringVector, band, mean_residual, residual
+from steer import SteeringVector, band
 from studies.readout import markdown, ran_on
 
 
@@ -43,52 +41,26 @@ class Config:
 class Projection(SteeringVector):
     """Takes its directions out of the residual stream, where a steering vector would add them."""
 
-    @contextlib.contextmanager
-    def at(self, model, dose, last_only: bool | int = False):
-        """As `SteeringVector.at`; dose 1 takes all of it out."""
-        def without(v):
-            u = v / v.norm()
-
-            def hook(block, args, output):
-                h = residual(output)  # [batch, seq, d_model]
-                n = last_only or h.shape[1]
-                direction = u.to(h.device)
-                along = h[:, -n:].float() @ direction  # [batch, n]
-                step = (dose * along[..., None] * direction).to(h.dtype)
-                h = torch.cat([h[:, :-n], h[:, -n:] - step], 1)
-                return h if torch.is_tensor(output) else (h, *output[1:])
-            return hook
-
-        with contextlib.ExitStack() as hooks:
-            for l, v in self.layers.items():
-                block = model.get_decoder().layers[l]
-                hooks.enter_context(block.register_forward_hook(without(v)))
-            yield
-
-
-def shift(model, tok, contexts: list[str], layers: list[int]) -> dict[int, torch.Tensor]:
-    """{layer: student − original at the assistant tag, [d_model]}."""
-    with lora.merged(model), lora.gates(model, history=1, live=0):
-        student = mean_residual(model, tok, NEUTRAL, contexts, layers)
-    with lora.gates(model, history=0, live=0):
-        original = mean_residual(model, tok, NEUTRAL, contexts, layers)
-    return {l: student[l] - original[l] for l in layers}
+    def step(self, h, v, doses):
+        """Minus what h [batch, n, d_model] has along v; dose 1 takes all of it out."""
+        u = v / v.norm()
+        along = h.float() @ u  # [batch, n]
+        return -doses * along[..., None] * u
 
 
 def of_run(model, tok, settings: heal_loop.Config) -> dict[str, float]:
     """How far each of six models moved the trait from the original, nats."""
     reading = texts.read(settings)
     s = shift(model, tok, reading.contexts, band(model, settings.steer_layers)[-1:])
-    generator = torch.Generator().manual_seed(settings.seed)
-    noise = {l: torch.randn(len(v), generator=generator) for l, v in s.items()}
-    noise = {l: n * s[l].norm() / n.norm() for l, n in noise.items()}
+    [(layer, v)] = s.layers.items()
+    noise = torch.randn(len(v), generator=torch.Generator().manual_seed(settings.seed))
+    noise = SteeringVector({layer: noise * v.norm() / noise.norm()})
 
     # the gates (0: original, 1: student), and what is done to the stream
-    cases = {"student": (1, None), "original + s": (0, SteeringVector(s)),
-             "original + random": (0, SteeringVector(noise)),
-             "student without s": (1, Projection(s)),
-             "student without random": (1, Projection(noise)),
-             "original without s": (0, Projection(s))}
+    cases = {"student": (1, None), "original + s": (0, s), "original + random": (0, noise),
+             "student without s": (1, Projection(s.layers)),
+             "student without random": (1, Projection(noise.layers)),
+             "original without s": (0, Projection(s.layers))}
     sign = -1 if reading.direction == "down" else 1
     how = {"think_tokens": settings.think_tokens} if settings.readout == "tinymfv" else {}
     with lora.gates(model, history=0, live=0):
@@ -117,6 +89,9 @@ def shares(moved: dict[str, float]) -> dict[str, float | None]:
 def main(cfg: Config) -> None:
     # 1. measure
     cfg.out.mkdir(parents=True, exist_ok=True)
+    first = runs.read_config(heal_loop.Config, cfg.run[0])
+    for folder in cfg.run:  # a mean over different arms would be one of nothing
+        runs.refuse_other_settings(first, folder, free=("seed",), fix="runs of one arm")
     found = []
     for folder in tqdm(cfg.run, "runs", leave=False, disable=None):
         settings = runs.read_config(heal_loop.Config, folder)
