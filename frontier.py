@@ -121,6 +121,11 @@ def by_arm(records: list[Record]) -> dict[str, list[Record]]:
     return found
 
 
+def of_steering(records: list[Record]) -> list[Record]:
+    """The record of what was not trained: base, persona prompt, steering alone."""
+    return [one for one in records if one.arm == "alone"]
+
+
 # ---- one run ------------------------------------------------------------------------------------
 
 
@@ -298,7 +303,7 @@ def slope_rows(arms: dict[str, list[Record]], costs: list[str]) -> list[list[str
 
 def matched_tables(records: list[Record], costs: list[str]) -> str:
     """A table for each measure of cost, at equal trait."""
-    alone = [one for one in records if one.arm == "alone"]
+    alone = of_steering(records)
     arms = by_arm(records)
     sign = "−" if next(iter(arms.values()))[0].base["direction"] == "down" else "+"
     tables = []
@@ -354,7 +359,7 @@ def draw_references(axis, alone: list[Record], name: str) -> None:
 def figure(records: list[Record]) -> Figure:
     """Trait against cost: a panel per measure, a line per arm over its rounds."""
     arms, costs = by_arm(records), costs_of(records)
-    alone = [one for one in records if one.arm == "alone"]
+    alone = of_steering(records)
     columns = min(3, len(costs))
     rows = -(-len(costs) // columns)
     fig = Figure(figsize=(3.4 * columns, 2.9 * rows), layout="constrained")
@@ -388,7 +393,7 @@ def page(records: list[Record], picture: str = "arms.png") -> str:
     """arms.md, the same in whatever order the records come."""
     records = sorted(records, key=lambda one: one.name)
     arms, costs = by_arm(records), costs_of(records)
-    alone = [one for one in records if one.arm == "alone"]
+    alone = of_steering(records)
     one = next(iter(arms.values()))[0]
     axis, direction = one.base["axis"], one.base["direction"]
     commands = list(dict.fromkeys(f"`python sweep.py {r.config['command']}`" for r in records))

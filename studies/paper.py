@@ -5,9 +5,9 @@
 The words stand in studies/paper.md.j2, and ask the records for the numbers of this version's runs,
 so that none can differ from what was run:
 
-    {{ moved("strong", "nll", 2) }}     nats after round 2, mean [95 % t-interval] over seeds
-    {{ cost("strong", "nll", "perplexity", 2) }}
-    {{ at_equal_trait("strong", "text_nats") }}     a table: where an arm first moved 1, 2, 3, 5
+    {{ sweeps.moved("strong", "nll", 2) }}     nats after round 2, mean [95 % interval] over seeds
+    {{ sweeps.cost("strong", "nll", "perplexity", 2) }}
+    {{ sweeps.at_equal_trait("strong", "text_nats") }}     a table: where an arm first moved 1, 2, 3, 5
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,49 +28,49 @@ class Config:
 
 
 class Sweeps:
-    """What the template may ask of the records."""
+    """What the template may ask of the records; of[sweep] is a list of them."""
 
     def __init__(self, folder: Path):
         self.of = {path.name: frontier.load(path) for path in sorted(folder.iterdir())}
 
-    def arm(self, sweep: str, name: str) -> list[Record]:
-        return frontier.by_arm(self.of[sweep])[name]
-
-    def alone(self, sweep: str) -> list[Record]:
-        return [record for record in self.of[sweep] if record.arm == "alone"]
-
-    def healed(self, sweep: str, name: str, r: int, stage: str) -> list[tuple[Record, dict]]:
+    def events(self, sweep: str, arm: str, stage: str, r: int) -> list[tuple[Record, dict]]:
         """(run, event) of every seed of an arm that has this stage of round r."""
-        found = [(run, e) for run in self.arm(sweep, name) for e in run.of(stage)]
-        return [(run, e) for run, e in found if e["round"] == r]
+        found = []
+        for run in frontier.by_arm(self.of[sweep])[arm]:
+            found += [(run, e) for e in run.of(stage) if e["round"] == r]
+        return found
 
-    def moved(self, sweep: str, name: str, r: int, stage: str = "healed") -> str:
+    def moved(self, sweep: str, arm: str, r: int) -> str:
         """How far the trait moved by the end of round r, nats."""
-        return over_seeds([run.moved(e) for run, e in self.healed(sweep, name, r, stage)], 2)
+        return over_seeds([run.moved(e) for run, e in self.events(sweep, arm, "healed", r)], 2)
 
-    def cost(self, sweep: str, name: str, measure: str, r: int, stage: str = "healed") -> str:
+    def cost(self, sweep: str, arm: str, measure: str, r: int) -> str:
         """A measure of cost at the end of round r."""
-        found = self.healed(sweep, name, r, stage)
-        return over_seeds([frontier.cost(e, measure) for _, e in found], COSTS[measure])
+        costs = [frontier.cost(e, measure) for _, e in self.events(sweep, arm, "healed", r)]
+        return over_seeds(costs, COSTS[measure])
 
-    def change(self, sweep: str, name: str, number: str, r: int) -> str:
+    def change(self, sweep: str, arm: str, number: str, r: int) -> str:
         """Change of any number from the base by the end of round r."""
-        found = self.healed(sweep, name, r, "healed")
-        return over_seeds([e[number] - run.base[number] for run, e in found], 2)
+        healed = self.events(sweep, arm, "healed", r)
+        return over_seeds([e[number] - run.base[number] for run, e in healed], 2)
 
-    def heal(self, sweep: str, name: str, number: str, r: int) -> str:
+    def heal(self, sweep: str, arm: str, number: str, r: int) -> str:
         """A number of round r's training, such as D or active."""
-        return over_seeds([e[number] for _, e in self.healed(sweep, name, r, "heal")], 2)
+        return over_seeds([e[number] for _, e in self.events(sweep, arm, "heal", r)], 2)
 
     def base(self, sweep: str, measure: str) -> str:
+        """A measure of cost of the original."""
         return over_seeds([frontier.cost(self.of[sweep][0].base, measure)], COSTS[measure])
 
-    def prompted(self, sweep: str, measure: str | None = None) -> str:
-        """How far the persona as a system prompt moves the trait, nats; or one of its costs."""
-        found = [(run, e) for run in self.alone(sweep) for e in run.of("prompted")]
-        if measure:
-            return over_seeds([frontier.cost(e, measure) for _, e in found], COSTS[measure])
-        return over_seeds([run.moved(e) for run, e in found], 2)
+    def prompted(self, sweep: str) -> str:
+        """How far the persona as a system prompt moves the trait, nats."""
+        [run] = frontier.of_steering(self.of[sweep])
+        return over_seeds([run.moved(e) for e in run.of("prompted")], 2)
+
+    def prompted_cost(self, sweep: str, measure: str) -> str:
+        """A measure of cost under that prompt."""
+        [run] = frontier.of_steering(self.of[sweep])
+        return over_seeds([frontier.cost(e, measure) for e in run.of("prompted")], COSTS[measure])
 
     def at_equal_trait(self, sweep: str, *measures: str) -> str:
         """A table for each measure: where steering alone and each arm first moved so far."""
@@ -93,10 +93,9 @@ class Sweeps:
 
 def main(cfg: Config) -> None:
     sweeps = Sweeps(cfg.records)
-    asked = {name: getattr(sweeps, name) for name in dir(sweeps) if not name.startswith("_")}
     template = jinja2.Template(TEMPLATE.read_text(), undefined=jinja2.StrictUndefined)
     try:
-        text = template.render(**asked)
+        text = template.render(sweeps=sweeps)
     except KeyError as e:
         raise ValueError(f"{cfg.records} has no {e}, which {TEMPLATE.name} asks for; "
                          "fix: run the sweep, or studies.judge, again") from None
