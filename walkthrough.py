@@ -243,7 +243,7 @@ axes[0].set_ylabel("share of the push");
 # exercise 2). The p95 pushes at the two tokens it lies between, one of them healthy, and the max at
 # one: the rest wait for their turn.
 #
-# That is the argument. Whether whole runs bear it out is another question, and `results/arms.md`
+# That is the argument. Whether whole runs bear it out is another question, and `results/paper.md`
 # says what ours have shown so far.
 #
 # ## 5. Heal: one step by hand
