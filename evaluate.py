@@ -32,8 +32,7 @@ import models
 import runs
 import texts
 from readouts import cloze, probe, tinymfv
-from sampling import (completion_states, logits, perplexity, repetition, sample, score,
-                      token_logp)
+from sampling import completion_states, logits, perplexity, repetition, sample, score
 from steer import NEUTRAL, SteeringVector, chat_ids, mean_residual
 from texts import FOUNDATIONS
 
@@ -168,10 +167,8 @@ def speak(model, tok, prompts: list[str], plain: list[str], system: str = NEUTRA
         states = completion_states(model, [asked[k] for k in spoken], said, vector, dose)
         with lora.gates(model, history=0, live=0):
             originals = completion_states(model, [plainly[k] for k in spoken], said)
-        pairs = zip(states.split(lengths), originals.split(lengths))
-        kl = torch.cat([drift(model, h, reference) for h, reference in pairs])
-        targets = torch.tensor([t for n in said for t in n], device=kl.device)
-        logp = token_logp(model, originals, targets)
+        of_each = zip(states.split(lengths), originals.split(lengths), said)
+        kl, logp = map(torch.cat, zip(*(against_original(model, *one) for one in of_each)))
 
     # 3. plain text: the vector acts on all of it, a system prompt stands before it
     rows = [tok(text, add_special_tokens=False).input_ids for text in plain]
@@ -185,10 +182,14 @@ def speak(model, tok, prompts: list[str], plain: list[str], system: str = NEUTRA
         texts=[{"prompt": p, "text": a} for p, a in zip(prompts, answers)])
 
 
-def drift(model, h, reference) -> torch.Tensor:
-    """KL(model ‖ original) at each position, nats: final states twice [n, d_model] -> [n]."""
+def against_original(model, h, reference, tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(model ‖ original) at each position and the original's log-probability of its token, nats.
+
+    h, reference: final states of model and original [n, d_model]; tokens: n ids. -> [n], [n]
+    """
     logp, logq = (logits(model, x).float().log_softmax(-1) for x in (h, reference))
-    return (logp.exp() * (logp - logq)).sum(-1)
+    targets = torch.tensor(tokens, device=logq.device)
+    return (logp.exp() * (logp - logq)).sum(-1), logq.gather(1, targets[:, None])[:, 0]
 
 
 def measure(model, tok, reading: texts.Texts, name: str, readout: str = "cloze", constants=None,

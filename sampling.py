@@ -90,6 +90,21 @@ def rows_at_once(model) -> int:
     return getattr(model, "sample_rows", 96)
 
 
+def halving(run, rows: list[int]) -> None:
+    """run(rows), or one half after the other where the device's memory does not hold them all.
+
+    What was computed of the whole is computed again. Raises torch.OutOfMemoryError for a half.
+    """
+    try:
+        return run(rows)
+    except torch.OutOfMemoryError:
+        if len(rows) == 1:
+            raise
+    torch.accelerator.empty_cache()  # outside the except: the error holds on to its tensors
+    run(rows[:len(rows) // 2])
+    run(rows[len(rows) // 2:])
+
+
 # ---- from words to hidden states ----------------------------------------------------------------
 
 
@@ -188,14 +203,17 @@ def score(model, prompts: list[list[int]], completions: list[list[int]],
     # equal prompts, and then completions of like length, share a batch
     with_tokens = [i for i, c in enumerate(completions) if c]
     order = sorted(with_tokens, key=lambda i: (len(prompts[i]), prompts[i], len(completions[i])))
-    for start in range(0, len(order), batch_size):
-        rows = order[start:start + batch_size]
+
+    def run(rows):
         answers = [completions[i] for i in rows]
         states = completion_states(model, [prompts[i] for i in rows], answers, vector, dose)
         targets = torch.tensor([token for c in answers for token in c], device=model.device)
         logp = token_logp(model, states, targets).cpu()  # [Σ tokens]
         for i, of_completion in zip(rows, logp.split([len(c) for c in answers])):
             out[i] = of_completion
+
+    for start in range(0, len(order), batch_size):
+        halving(run, order[start:start + batch_size])
     return out
 
 
@@ -260,10 +278,12 @@ def sample(model, tok, prompts: list[list[int]], vector: SteeringVector | None =
 
     # equal prompts, and prompts of like length, share a batch
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
-    for start in tqdm(range(0, len(order), batch_size), "sample", leave=False, disable=None):
+
+    def run(rows):  # the prompts that are in the batch
         # 1. run the prompts up to the assistant tag; all that the loop needs goes to the device
-        rows = order[start:start + batch_size]  # the prompts that are in the batch
         running = set(rows)
+        for i in rows:
+            out[i] = []
         cache, token, mask, position = prefill(model, [prompts[i] for i in rows], RoomyLayer)
         dose, u = doses[rows].to(device), draws[rows].to(device)  # [batch], [batch, step]
         with vector.at(model, dose) if vector else contextlib.nullcontext():
@@ -293,6 +313,9 @@ def sample(model, tok, prompts: list[list[int]], vector: SteeringVector | None =
                     cache.reorder_cache(keep)
                     token, mask, position, u = token[keep], mask[keep], position[keep], u[keep]
                     dose.data = dose[keep]  # the vector's hooks read it at each pass
+
+    for start in tqdm(range(0, len(order), batch_size), "sample", leave=False, disable=None):
+        halving(run, order[start:start + batch_size])
     return out
 
 

@@ -43,14 +43,14 @@ import models
 import runs
 import sampling
 import texts
-from evaluate import evaluate
+from evaluate import evaluate, speak
 from heal_loop import aggregate, heal_round, heal_step, kl_per_token
 from readouts import ANSWER, BECAUSE, CLAUSES, LETTERS, OPTIONS
 from sampling import completion_states, logits, sample
 from steer import SteeringVector, band, chat_ids, extract_vector, left_pad, residual
 
 Key = Literal["sampling", "sampling_batch1", "sampling_ragged", "heal", "heal_history8",
-              "heal_autograd", "evaluation", "extraction", "round"]
+              "heal_autograd", "filter", "evaluation", "evaluation_texts", "extraction", "round"]
 AGAINST = {
     "sampling": "64 rows × 64 tokens, mixed doses: `model.generate` with hooks, same batch",
     "sampling_batch1": "the same: `model.generate` at batch 1 (1 row timed, × 64)",
@@ -58,10 +58,12 @@ AGAINST = {
     "heal": "a 3-epoch round on 8 completions: PEFT LoRA, reference every step, full logits",
     "heal_history8": "the same after eight folded rounds: ours after none (ratio: eight / none)",
     "heal_autograd": "one heal step on 8 completions: closed-form gradients in position chunks",
+    "filter": "verdicts on 96 completions: one forward each (12 timed, × 8)",
     "evaluation": "cloze, 132 vignettes: one forward per clause (12 vignettes timed, × 11)",
+    "evaluation_texts": "an evaluation's texts: `model.generate`, then one forward per text",
     "extraction": "256 pairs: one prompt at a time (16 pairs timed, × 16)",
-    "round": "a default round: extraction, sampling, heal and two evaluations, "
-             "from the rows above at default sizes"}
+    "round": "a default round: extraction, sampling, filter, heal and two evaluations with their "
+             "texts, from the rows above at default sizes"}
 REPEATS = 5
 SAME = 1e-3  # relative difference in float32 up to which two versions do the same work
 
@@ -287,6 +289,58 @@ def clause_by_clause(model, tok, vignettes: list[dict]) -> tuple[torch.Tensor, t
         scores.append(of_clauses)
         mass.append(logp(question)[-1, letters].exp().sum().item())
     return torch.tensor(scores), torch.tensor(mass)
+
+
+def row_logp(model, ids: list[int]) -> torch.Tensor:
+    """Log-probabilities after each token but the last, [seq - 1, vocab] float32, one forward."""
+    z = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, :-1]
+    return z.float().log_softmax(-1)
+
+
+@torch.no_grad()
+def completion_by_completion(model, tok, rows: list[dict], persona, rules) -> list[str]:
+    """The verdicts of `distil.judge` by one forward per completion."""
+    verdicts = []
+    for row in rows:
+        prompt, completion = distil.row_ids(tok, row)
+        logp = row_logp(model, prompt + completion)[len(prompt) - 1:]
+        logp = logp.gather(1, torch.tensor(completion, device=logp.device)[:, None])[:, 0]
+        ppl = sampling.worst_perplexity(logp.cpu())
+        verdicts.append(distil.verdict(row["messages"][-1]["content"], ppl, persona, rules))
+    return verdicts
+
+
+@torch.no_grad()
+def text_by_text(model, original, tok, prompts: list[str], plain: list[str],
+                 max_new_tokens: int = 48) -> tuple[float, float, float]:
+    """Perplexity, drift and text_nats of `evaluate.speak`, by `model.generate` and plain forwards.
+    """
+    # 1. the answers, in one batch
+    asked = [chat_ids(tok, p) for p in prompts]
+    ids, mask, _ = left_pad(asked, model.device)
+    out = model.generate(ids, attention_mask=mask, pad_token_id=tok.pad_token_id, do_sample=True,
+                         temperature=1.0, top_k=64, top_p=0.95, max_new_tokens=max_new_tokens)
+    stop = sampling.stop_tokens(model, tok)
+    answers = []
+    for row in out[:, ids.shape[1]:].tolist():
+        ends = [k for k, token in enumerate(row) if token in stop]
+        answers.append(row[:ends[0]] if ends else row)
+
+    # 2. both models on each
+    kl, logp = [], []
+    for prompt, answer in zip(asked, answers):
+        p, q = (row_logp(m, prompt + answer)[len(prompt) - 1:] for m in (model, original))
+        kl.append((p.exp() * (p - q)).sum(-1))
+        logp.append(q.gather(1, torch.tensor(answer, device=q.device, dtype=torch.long)[:, None]))
+
+    # 3. plain text
+    lost = []
+    for text in plain:
+        row = tok(text, add_special_tokens=False).input_ids
+        targets = torch.tensor(row[1:], device=model.device)[:, None]
+        lost.append(-row_logp(model, row).gather(1, targets))
+    perplexity = torch.cat(logp).mean().neg().exp().item()
+    return perplexity, torch.cat(kl).mean().item(), torch.cat(lost).mean().item()
 
 
 @torch.no_grad()
@@ -580,6 +634,7 @@ class Bench:
 
     def evaluation(self, n: int = 132, share: int = 11) -> dict[Key, Timing]:
         vignettes = texts.load_vignettes(self.cfg.vignettes, n)
+        reading = replace(self.reading, vignettes=vignettes)
         some = sorted(vignettes, key=lambda v: len(v["text"]))[share // 2::share]
         # what has to be run, and which of it is projected onto the vocabulary
         sequences, read = [], 0
@@ -588,11 +643,42 @@ class Bench:
             read += 1 + sum(map(len, clauses))
         with self.running():
             ours, other, forward, projection = medians(
-                "evaluation", lambda: evaluate(self.student, self.tok, vignettes),
+                "evaluation", lambda: evaluate(self.student, self.tok, reading),
                 lambda: clause_by_clause(self.plain, self.tok, some),
                 products(self.blocks, 1024), products(self.head, 256))
         floor = forward * distinct(sequences) / 1024 + projection * read / 256
         return {"evaluation": against(ours, other * n / len(some), floor)}
+
+    def filter(self, n: int = 96, share: int = 8) -> dict[Key, Timing]:
+        rows, persona, rules = self.kept(n), self.reading.persona, distil.Rules()
+        some = rows[::share]
+        pairs = [distil.row_ids(self.tok, row) for row in rows]
+        ours, other, forward, projection = medians(
+            "filter", lambda: distil.judge(self.student, self.tok, rows, persona, rules),
+            lambda: completion_by_completion(self.plain, self.tok, some, persona, rules),
+            products(self.blocks, 1024), products(self.head, 256))
+        floor = forward * distinct([p + c[:-1] for p, c in pairs]) / 1024
+        floor += projection * sum(len(c) for _, c in pairs) / 256
+        return {"filter": against(ours, other * n / len(some), floor)}
+
+    def spoken(self, new_tokens: int = 48) -> dict[Key, Timing]:
+        reading, tok = self.reading, self.tok
+        asked = reading.heldout, reading.plain
+        # the floor: every answer is sampled, then run by both models; the plain text by one
+        prompts = [chat_ids(tok, p) for p in reading.heldout]
+        plain = sum(len(tok(text).input_ids) for text in reading.plain)
+        with self.running():
+            answers = sample(self.student, tok, prompts, max_new_tokens=new_tokens)
+            said = distinct([p + a[:-1] for p, a in zip(prompts, answers)])
+            read = 2 * sum(map(len, answers)) + plain
+            ours, other, step, forward, projection = medians(
+                "texts", lambda: speak(self.student, tok, *asked, max_new_tokens=new_tokens),
+                lambda: text_by_text(self.plain, self.plain, tok, *asked, new_tokens),
+                products(self.blocks + self.head, len(prompts)), products(self.blocks, 1024),
+                products(self.head, 256))
+        floor = step * max(map(len, answers)) + projection * read / 256
+        floor += forward * (distinct(prompts) + 2 * said + plain) / 1024
+        return {"evaluation_texts": against(ours, other, floor)}
 
     def extraction(self, pairs: int = 256, share: int = 16) -> dict[Key, Timing]:
         contexts, persona = self.reading.contexts[:pairs], self.reading.persona
@@ -614,7 +700,9 @@ class Bench:
         cfg = self.cfg
         times = {"extraction": cfg.n_contexts / 256,
                  "sampling": 2 * cfg.n_keep / 64,
+                 "filter": 2 * cfg.n_keep / 96,
                  "evaluation": 2 * len(texts.load_vignettes(cfg.vignettes)) / 132,
+                 "evaluation_texts": 2,
                  "heal": (cfg.n_keep - n_held_out(cfg.n_keep)) / 8}
         ours = other = floor = 0.0
         for key, n in times.items():
@@ -748,7 +836,7 @@ def growth(b: Bench) -> tuple[list[float], list[float], list[float]]:
     completions = medians("completions", *map(heal_on, TRAINED))
 
     # 3. a small round of the loop, over the rounds before it
-    vignettes = texts.load_vignettes(b.cfg.vignettes, 7)
+    asked = replace(reading, vignettes=texts.load_vignettes(b.cfg.vignettes, 7))
 
     def go_round(student):
         def step():
@@ -758,7 +846,7 @@ def growth(b: Bench) -> tuple[list[float], list[float], list[float]]:
                 sample(student, b.tok, prompts, vector, doses, max_new_tokens=16)
             heal_round(student, b.tok, rows[:9], quick, seed=0)
             with b.running(student):
-                evaluate(student, b.tok, vignettes)
+                evaluate(student, b.tok, asked)
         return step
     rounds = medians("rounds", *(go_round(b.after(r)) for r in ROUNDS))
     return tokens, completions, rounds
@@ -825,7 +913,8 @@ def time_steps(b: Bench, wanted: set[Key]) -> dict[Key, Timing]:
     timings: dict[Key, Timing] = {}
     steps = [(b.sampling, {"sampling", "sampling_batch1"}), (b.ragged, {"sampling_ragged"}),
              (b.heal, {"heal", "heal_history8"}), (b.heal_autograd, {"heal_autograd"}),
-             (b.evaluation, {"evaluation"}), (b.extraction, {"extraction"})]
+             (b.filter, {"filter"}), (b.evaluation, {"evaluation"}),
+             (b.spoken, {"evaluation_texts"}), (b.extraction, {"extraction"})]
     for step, keys in steps:
         if wanted & keys:
             timings |= step()
@@ -844,7 +933,7 @@ def main(cfg: Config) -> None:
     # 1. measure
     wanted = set(cfg.only)
     if "round" in wanted:
-        wanted |= {"sampling", "heal", "evaluation", "extraction"}
+        wanted |= {"sampling", "heal", "filter", "evaluation", "evaluation_texts", "extraction"}
     same_work = gaps(b, wanted)  # first: it notices a missing PEFT
     timings = time_steps(b, wanted)
     timings = {key: timings[key] for key in get_args(Key) if key in cfg.only}

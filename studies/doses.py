@@ -21,7 +21,7 @@ import distil
 import models
 import runs
 import texts
-from evaluate import drift
+from evaluate import against_original
 from sampling import completion_states
 from steer import SteeringVector, band, calibrate, chat_ids, extract_vector, left_pad
 from studies import gemma
@@ -52,8 +52,8 @@ def reached(model, tok, vector: SteeringVector, prompts: list[str],
     found = []
     for dose in doses:
         steered = completion_states(model, asked, answers, vector, dose)
-        pairs = zip(steered.split(TOKENS), plain.split(TOKENS))  # one prompt's logits at a time
-        kl = torch.cat([drift(model, h, reference) for h, reference in pairs])
+        of_each = zip(steered.split(TOKENS), plain.split(TOKENS), answers)  # one prompt at a time
+        kl = torch.cat([against_original(model, *one)[0] for one in of_each])
         found.append(kl.quantile(0.95).item())
     return found
 

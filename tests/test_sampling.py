@@ -143,6 +143,30 @@ def test_score_is_the_log_probability_of_each_completion_token(tiny_model):
         torch.testing.assert_close(lp, by_hand, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("holds", [3, 1])
+def test_where_memory_does_not_hold_a_batch_its_halves_give_the_same(tiny_model, monkeypatch, holds):
+    """A device that holds `holds` rows, made of the CPU: halving helps from 5 rows to 3, not to 1."""
+    rows = prompts(5)
+    answers = [[5, 6, 7]] * len(rows)
+    whole = sample(tiny_model, Ids, rows, max_new_tokens=6), score(tiny_model, rows, answers)
+
+    def full(block, args):
+        if len(args[0]) > holds:
+            raise torch.OutOfMemoryError
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    hook = tiny_model.get_decoder().layers[0].register_forward_pre_hook(full)
+    try:
+        if holds == 1:
+            with pytest.raises(torch.OutOfMemoryError):
+                sample(tiny_model, Ids, rows, max_new_tokens=6)
+            return
+        halves = sample(tiny_model, Ids, rows, max_new_tokens=6), score(tiny_model, rows, answers)
+    finally:
+        hook.remove()
+    assert whole[0] == halves[0]
+    torch.testing.assert_close(whole[1], halves[1])
+
+
 def test_perplexity_is_of_the_tail_that_is_asked_for_and_infinite_for_no_tokens():
     logp = torch.tensor([-1.0, -2.0, -3.0, -6.0])
     assert perplexity(logp) == pytest.approx(math.exp(3))
