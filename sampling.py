@@ -93,7 +93,7 @@ def rows_at_once(model) -> int:
 def halving(run, rows: list[int]) -> None:
     """run(rows), or one half after the other where the device's memory does not hold them all.
 
-    What was computed of the whole is computed again. Raises torch.OutOfMemoryError for a half.
+    Raises torch.OutOfMemoryError where a half, or a lone row, is too much.
     """
     try:
         return run(rows)
@@ -267,8 +267,7 @@ def sample(model, tok, prompts: list[list[int]], vector: SteeringVector | None =
     Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context.
     """
     check_room(model, max(map(len, prompts), default=0), max_new_tokens)
-    batch_size = batch_size or rows_at_once(model)
-    decoder, device, stop = model.get_decoder(), model.device, set(stop_tokens(model, tok))
+    batch_size, stop = batch_size or rows_at_once(model), set(stop_tokens(model, tok))
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(len(prompts), max_new_tokens, generator=generator)  # [row, step]
     if doses is None:
@@ -276,46 +275,56 @@ def sample(model, tok, prompts: list[list[int]], vector: SteeringVector | None =
     doses = torch.as_tensor(doses, dtype=torch.float32)  # [row]
     out: list[list[int]] = [[] for _ in prompts]
 
+    def run(rows):
+        new = sample_batch(model, [prompts[i] for i in rows], vector, doses[rows], draws[rows],
+                           stop, keep_stop, temperature=temperature, top_k=top_k, top_p=top_p)
+        for i, tokens in zip(rows, new):
+            out[i] = tokens
+
     # equal prompts, and prompts of like length, share a batch
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
-
-    def run(rows):  # the prompts that are in the batch
-        # 1. run the prompts up to the assistant tag; all that the loop needs goes to the device
-        running = set(rows)
-        for i in rows:
-            out[i] = []
-        cache, token, mask, position = prefill(model, [prompts[i] for i in rows], RoomyLayer)
-        dose, u = doses[rows].to(device), draws[rows].to(device)  # [batch], [batch, step]
-        with vector.at(model, dose) if vector else contextlib.nullcontext():
-            for t in range(max_new_tokens):
-                # 2. run the newest token, steered, on top of the cache
-                states = decoder(input_ids=token[:, None], attention_mask=mask,
-                                 position_ids=position[:, None], past_key_values=cache,
-                                 use_cache=True).last_hidden_state  # [batch, 1, d_model]
-                # 3. draw the next one
-                z = logits(model, states[:, -1]).to(device)
-                token = next_token(z, u[:, t], temperature, top_k, top_p)
-                # 4. look at it, the one transfer from the device: a row that drew a stop is done
-                for i, new in zip(rows, token.tolist()):
-                    if i in running and (keep_stop or new not in stop):
-                        out[i].append(new)
-                    if new in stop:
-                        running.discard(i)
-                if not running:
-                    break
-                mask = F.pad(mask, (0, 1), value=1)
-                position = position + 1
-                # 5. finished rows leave; regathering the cache costs a step: wait until it pays
-                if len(running) <= 0.875 * len(rows):
-                    keep = [k for k, i in enumerate(rows) if i in running]
-                    rows = [rows[k] for k in keep]
-                    keep = torch.tensor(keep, device=device)
-                    cache.reorder_cache(keep)
-                    token, mask, position, u = token[keep], mask[keep], position[keep], u[keep]
-                    dose.data = dose[keep]  # the vector's hooks read it at each pass
-
     for start in tqdm(range(0, len(order), batch_size), "sample", leave=False, disable=None):
         halving(run, order[start:start + batch_size])
+    return out
+
+
+def sample_batch(model, prompts: list[list[int]], vector: SteeringVector | None,
+                 doses: torch.Tensor, draws: torch.Tensor, stop: set[int], keep_stop: bool,
+                 **how) -> list[list[int]]:
+    """One batch of `sample`: doses [batch], draws [batch, step]; how: see `next_token`."""
+    # 1. run the prompts up to the assistant tag; all that the loop needs goes to the device
+    decoder, device = model.get_decoder(), model.device
+    out: list[list[int]] = [[] for _ in prompts]
+    rows, running = list(range(len(prompts))), set(range(len(prompts)))
+    cache, token, mask, position = prefill(model, prompts, RoomyLayer)
+    dose, u = doses.to(device), draws.to(device)
+    with vector.at(model, dose) if vector else contextlib.nullcontext():
+        for t in range(draws.shape[1]):
+            # 2. run the newest token, steered, on top of the cache
+            states = decoder(input_ids=token[:, None], attention_mask=mask,
+                             position_ids=position[:, None], past_key_values=cache,
+                             use_cache=True).last_hidden_state  # [batch, 1, d_model]
+            # 3. draw the next one
+            z = logits(model, states[:, -1]).to(device)
+            token = next_token(z, u[:, t], **how)
+            # 4. look at it, the one transfer from the device: a row that drew a stop is done
+            for i, new in zip(rows, token.tolist()):
+                if i in running and (keep_stop or new not in stop):
+                    out[i].append(new)
+                if new in stop:
+                    running.discard(i)
+            if not running:
+                break
+            mask = F.pad(mask, (0, 1), value=1)
+            position = position + 1
+            # 5. finished rows leave; regathering the cache costs a step: wait until it pays
+            if len(running) <= 0.875 * len(rows):
+                keep = [k for k, i in enumerate(rows) if i in running]
+                rows = [rows[k] for k in keep]
+                keep = torch.tensor(keep, device=device)
+                cache.reorder_cache(keep)
+                token, mask, position, u = token[keep], mask[keep], position[keep], u[keep]
+                dose.data = dose[keep]  # the vector's hooks read it at each pass
     return out
 
 

@@ -814,11 +814,12 @@ def memory_table(device: str) -> str:
 
 # ---- how time grows ------------------------------------------------------------------------------
 
-LENGTHS, TRAINED, ROUNDS = (64, 128, 256, 512), (8, 16, 32, 48), range(8)
+LENGTHS, ROWS = (64, 128, 256, 512), (1, 4, 16, 64, 256)
+TRAINED, ROUNDS = (8, 16, 32, 48), range(8)
 
 
-def growth(b: Bench) -> tuple[list[float], list[float], list[float]]:
-    """Seconds of sampling at LENGTHS, of healing at TRAINED, of a small round at ROUNDS."""
+def growth(b: Bench) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Seconds of sampling at LENGTHS and at ROWS, of healing at TRAINED, of small ROUNDS."""
     quick, reading = replace(b.cfg, epochs=1), b.reading
     prompts, doses = [chat_ids(b.tok, p) for p in reading.dilemmas[:8]], [2.0] * 8
 
@@ -828,14 +829,22 @@ def growth(b: Bench) -> tuple[list[float], list[float], list[float]]:
     with b.running(), endless(b.student):
         tokens = medians("tokens", *map(sample_to, LENGTHS))
 
-    # 2. healing, over completions: an eighth on top is held out
+    # 2. sampling, over the rows of a batch, each with a prompt of its own as far as there are any
+    def sample_rows(n):
+        asked = [chat_ids(b.tok, reading.dilemmas[k % len(reading.dilemmas)]) for k in range(n)]
+        return lambda: sample(b.student, b.tok, asked, b.vector, [2.0] * n, max_new_tokens=32,
+                              batch_size=n)
+    with b.running(), endless(b.student):
+        batches = medians("rows", *map(sample_rows, ROWS))
+
+    # 3. healing, over completions: an eighth on top is held out
     rows = b.kept(max(TRAINED) + 8)
 
     def heal_on(n):
         return lambda: heal_round(b.student, b.tok, rows[:n + n // 7], quick, seed=0)
     completions = medians("completions", *map(heal_on, TRAINED))
 
-    # 3. a small round of the loop, over the rounds before it
+    # 4. a small round of the loop, over the rounds before it
     asked = replace(reading, vignettes=texts.load_vignettes(b.cfg.vignettes, 7))
 
     def go_round(student):
@@ -849,24 +858,28 @@ def growth(b: Bench) -> tuple[list[float], list[float], list[float]]:
                 evaluate(student, b.tok, asked)
         return step
     rounds = medians("rounds", *(go_round(b.after(r)) for r in ROUNDS))
-    return tokens, completions, rounds
+    return tokens, batches, completions, rounds
 
 
 def scaling(b: Bench) -> Figure:
-    """Time of a step over new tokens, of an epoch over completions, of a round over rounds."""
-    tokens, completions, rounds = growth(b)
-    figure = Figure(figsize=(7.2, 2.4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    left.plot(LENGTHS, [1e3 * t / n for t, n in zip(tokens, LENGTHS)], "o-")
-    left.set(title="sampling, 8 rows", xlabel="new tokens", ylabel="ms per step")
-    middle.plot(TRAINED, completions, "o-", label="measured")
-    middle.plot(TRAINED, [completions[0] * n / TRAINED[0] for n in TRAINED], ":", color="#555555",
-                label="linear from the first")
-    middle.legend(fontsize=7, frameon=False)
-    middle.set(title="healing, one epoch", xlabel="completions", ylabel="s")
-    right.plot(ROUNDS, rounds, "o-")
-    right.set(title="a small round of the loop", xlabel="rounds in the history", ylabel="s")
-    for axis in (left, middle, right):
+    """Time of a step over new tokens, of a row over rows, of an epoch, of a round over rounds."""
+    tokens, batches, completions, rounds = growth(b)
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    (longer, wider), (trained, later) = figure.subplots(2, 2)
+    longer.plot(LENGTHS, [1e3 * t / n for t, n in zip(tokens, LENGTHS)], "o-")
+    longer.set(title="sampling, 8 rows", xlabel="new tokens", ylabel="ms per step")
+    wider.plot(ROWS, [1e3 * t / n for t, n in zip(batches, ROWS)], "o-")
+    wider.set(title="sampling, 32 new tokens", xlabel="rows in the batch", ylabel="ms per row")
+    wider.set_xscale("log", base=2)
+    wider.set_xticks(ROWS, map(str, ROWS))
+    trained.plot(TRAINED, completions, "o-", label="measured")
+    trained.plot(TRAINED, [completions[0] * n / TRAINED[0] for n in TRAINED], ":", color="#555555",
+                 label="linear from the first")
+    trained.legend(fontsize=7, frameon=False)
+    trained.set(title="healing, one epoch", xlabel="completions", ylabel="s")
+    later.plot(ROUNDS, rounds, "o-")
+    later.set(title="a small round of the loop", xlabel="rounds in the history", ylabel="s")
+    for axis in (longer, wider, trained, later):
         axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         axis.title.set_size(8)
         axis.xaxis.label.set_size(7)
