@@ -28,6 +28,7 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated, Callable, NamedTuple
 
+import torch
 import tyro
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -441,6 +442,11 @@ def begin(config, name: str, downstream: tuple[str, ...] = (), again: str = ""):
         said = str(e).rpartition("I/O error: ")[2]  # how safetensors wraps the system's words
         raise OSError(f"{said}; nothing finished is lost; "
                       f"fix: free space or permissions, then {again}") from None
+    except torch.OutOfMemoryError as e:
+        said = str(e).partition(". ")[0]
+        raise ValueError(f"{said}; nothing finished is lost; fix: a new run with a smaller "
+                         "--batch-size or --max-new-tokens, or, where another program holds the "
+                         f"memory, {again}") from None
     except KeyboardInterrupt:
         print(f"\ninterrupted; go on with: {again}", file=sys.stderr)
         raise

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import evaluate
 import heal_loop
@@ -44,6 +45,17 @@ def test_where_memory_is_short_fewer_rows_and_no_second_copy_for_as_long_as_the_
         with pytest.raises(SystemExit):
             command(monkeypatch, "heal_loop", *flags(tiny_folder), *where)
     assert 1 <= made[0][0] < 96 and made[0] == made[1] and made[2] == (96, True)
+
+
+def test_a_full_device_is_one_line_with_the_fix(tiny_folder, tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+    monkeypatch.setattr(evaluate, "measure", full)
+    with pytest.raises(SystemExit) as ended:
+        command(monkeypatch, "heal_loop", *flags(tiny_folder), "--out", tmp_path / "run")
+    said = capsys.readouterr().err
+    assert ended.value.code != 0 and said.count("\n") == 1
+    assert "CUDA out of memory; nothing finished is lost; fix: a new run with a smaller --batch-size" in said
 
 
 @pytest.mark.slow
