@@ -44,6 +44,12 @@ class Sweeps:
         """How far the trait moved by the end of round r, nats."""
         return over_seeds([run.moved(e) for run, e in self.events(sweep, arm, "healed", r)], 2)
 
+    def beyond(self, sweep: str, arm: str, placebo: str, of_placebo: str, r: int) -> str:
+        """How much further it moved than a placebo of the same seed by the end of round r, nats."""
+        moved = [{run.config["seed"]: run.moved(e) for run, e in self.events(*which, "healed", r)}
+                 for which in ((sweep, arm), (placebo, of_placebo))]
+        return over_seeds([moved[0][seed] - moved[1][seed] for seed in moved[1]], 2)
+
     def cost(self, sweep: str, arm: str, measure: str, r: int) -> str:
         """A measure of cost at the end of round r."""
         costs = [frontier.cost(e, measure) for _, e in self.events(sweep, arm, "healed", r)]
