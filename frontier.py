@@ -407,6 +407,10 @@ def page(records: list[Record], picture: str = "arms.png") -> str:
         rows = table(reference_rows(alone, costs), ["nothing trained", "moved (nats)", *costs])
         beside = f"## What they are compared with\n\n{rows}\n\n"
 
+    judge = ""
+    if "judge_perplexity" in costs:
+        judge = ", judge_perplexity: under an\nunrelated model (studies.judge)"
+
     # what ended early
     early = ""
     for run in records:
@@ -424,8 +428,7 @@ def page(records: list[Record], picture: str = "arms.png") -> str:
 Means over seeds; in brackets, from three seeds on, the 95 % t-interval over seeds (the interval
 over vignettes within one run is in that run's report). Moved: Δ{axis} against the base of the same
 run, in the trait's own direction ({direction}), so that more is more of the trait. Perplexity:
-of sampled answers under the original, judge_perplexity: under an unrelated model (studies.judge);
-drift: KL(model ‖ original) on them, nats per token;
+of sampled answers under the original{judge}; drift: KL(model ‖ original) on them, nats per token;
 text_nats: loss on plain text that nobody trained on. n/a: never reached, or without meaning.
 
 ## At equal trait

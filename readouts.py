@@ -21,7 +21,7 @@ import torch
 from einops import rearrange
 from tqdm import tqdm
 
-from sampling import completion_states, logits, rows_at_once, score
+from sampling import completion_states, halving, logits, rows_at_once, score
 from steer import NEUTRAL, SteeringVector, chat_text
 from texts import FOUNDATIONS, tinymfv_package
 
@@ -96,13 +96,16 @@ def cloze(model, tok, vignettes: list[dict], constants=None, system: str = NEUTR
     letters = [suffix_ids(tok, texts[0] + ANSWER, letter)[0] for letter in LETTERS]
     mass = np.zeros(len(vignettes))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths in a batch
-    for start in tqdm(range(0, len(order), batch_size), "ask", leave=False, disable=None):
-        rows = order[start:start + batch_size]
+
+    def run(rows):
         states = completion_states(model, [prompts[i] for i in rows],
                                    [answer + letters[:1]] * len(rows), vector, dose)
         last = rearrange(states, "(b t) d -> b t d", b=len(rows))[:, -1]  # predicts the letter
         p = logits(model, last).float().softmax(-1)
         mass[rows] = p[:, letters].sum(-1).double().cpu().numpy()
+
+    for start in tqdm(range(0, len(order), batch_size), "ask", leave=False, disable=None):
+        halving(run, order[start:start + batch_size])
 
     # 3. calibrate and normalise
     constants = raw.mean(0) if constants is None else constants

@@ -444,9 +444,9 @@ def begin(config, name: str, downstream: tuple[str, ...] = (), again: str = ""):
                       f"fix: free space or permissions, then {again}") from None
     except torch.OutOfMemoryError as e:
         said = str(e).partition(". ")[0]
-        raise ValueError(f"{said}; nothing finished is lost; fix: a new run with a smaller "
-                         "--batch-size or --max-new-tokens, or, where another program holds the "
-                         f"memory, {again}") from None
+        raise ValueError(f"{said}; nothing finished is lost; fix: where another program holds the "
+                         f"memory, end it, then {again}; else a new run with a smaller "
+                         "--batch-size (healing), --max-new-tokens, or --dtype bfloat16") from None
     except KeyboardInterrupt:
         print(f"\ninterrupted; go on with: {again}", file=sys.stderr)
         raise

@@ -9,9 +9,10 @@
     python -m studies.bench --scaling results/scaling.png
 
 --json: {key: {"ours", "other", "ratio", "floor_share"}}, seconds. --scaling draws how time grows
-with tokens, completions and rounds. The alternatives stand below in full, each from standard parts:
-`model.generate` with hooks, PEFT, one forward per clause or prompt, a heal step over whole logits,
-and one with closed-form gradients. Needs PEFT: pip install --no-deps -r requirements-bench.txt
+with tokens, rows of a batch, completions and rounds. The alternatives stand below in full, each from
+standard parts: `model.generate` with hooks, PEFT, one forward per clause, text or prompt, a heal
+step over whole logits, and one with closed-form gradients.
+Needs PEFT: pip install --no-deps -r requirements-bench.txt
 """
 import copy
 import json
@@ -310,13 +311,12 @@ def completion_by_completion(model, tok, rows: list[dict], persona, rules) -> li
     return verdicts
 
 
-@torch.no_grad()
-def text_by_text(model, original, tok, prompts: list[str], plain: list[str],
-                 max_new_tokens: int = 48) -> tuple[float, float, float]:
+def generate_and_read(model, original, tok, prompts: list[str], plain: list[str],
+                      max_new_tokens: int = 48) -> tuple[float, float, float]:
     """Perplexity, drift and text_nats of `evaluate.speak`, by `model.generate` and plain forwards.
     """
-    # 1. the answers, in one batch
     asked = [chat_ids(tok, p) for p in prompts]
+    torch.manual_seed(0)
     ids, mask, _ = left_pad(asked, model.device)
     out = model.generate(ids, attention_mask=mask, pad_token_id=tok.pad_token_id, do_sample=True,
                          temperature=1.0, top_k=64, top_p=0.95, max_new_tokens=max_new_tokens)
@@ -325,20 +325,26 @@ def text_by_text(model, original, tok, prompts: list[str], plain: list[str],
     for row in out[:, ids.shape[1]:].tolist():
         ends = [k for k, token in enumerate(row) if token in stop]
         answers.append(row[:ends[0]] if ends else row)
+    return text_by_text(model, original, tok, asked, answers, plain)
 
-    # 2. both models on each
+
+@torch.no_grad()
+def text_by_text(model, original, tok, asked: list[list[int]], answers: list[list[int]],
+                 plain: list[str]) -> tuple[float, float, float]:
+    """Perplexity, drift and text_nats, one forward of each model per answer, one per plain text."""
+    # 1. both models on each answer
     kl, logp = [], []
     for prompt, answer in zip(asked, answers):
         p, q = (row_logp(m, prompt + answer)[len(prompt) - 1:] for m in (model, original))
         kl.append((p.exp() * (p - q)).sum(-1))
         logp.append(q.gather(1, torch.tensor(answer, device=q.device, dtype=torch.long)[:, None]))
 
-    # 3. plain text
-    lost = []
+    # 2. plain text, behind a start token if the tokenizer has one
+    lost, start = [], tok("").input_ids
     for text in plain:
-        row = tok(text, add_special_tokens=False).input_ids
+        row = start + tok(text, add_special_tokens=False).input_ids
         targets = torch.tensor(row[1:], device=model.device)[:, None]
-        lost.append(-row_logp(model, row).gather(1, targets))
+        lost.append(-row_logp(model, row).gather(1, targets)[len(start):])
     perplexity = torch.cat(logp).mean().neg().exp().item()
     return perplexity, torch.cat(kl).mean().item(), torch.cat(lost).mean().item()
 
@@ -651,7 +657,7 @@ class Bench:
 
     def filter(self, n: int = 96, share: int = 8) -> dict[Key, Timing]:
         rows, persona, rules = self.kept(n), self.reading.persona, distil.Rules()
-        some = rows[::share]
+        some = sorted(rows, key=lambda row: len(row["tokens"]))[share // 2::share]
         pairs = [distil.row_ids(self.tok, row) for row in rows]
         ours, other, forward, projection = medians(
             "filter", lambda: distil.judge(self.student, self.tok, rows, persona, rules),
@@ -664,20 +670,22 @@ class Bench:
     def spoken(self, new_tokens: int = 48) -> dict[Key, Timing]:
         reading, tok = self.reading, self.tok
         asked = reading.heldout, reading.plain
-        # the floor: every answer is sampled, then run by both models; the plain text by one
         prompts = [chat_ids(tok, p) for p in reading.heldout]
-        plain = sum(len(tok(text).input_ids) for text in reading.plain)
+        plain = sum(len(tok(text).input_ids) - 1 for text in reading.plain)
         with self.running():
             answers = sample(self.student, tok, prompts, max_new_tokens=new_tokens)
-            said = distinct([p + a[:-1] for p, a in zip(prompts, answers)])
-            read = 2 * sum(map(len, answers)) + plain
+            # the floor: answers are sampled by one model and run by the other, which reads them,
+            # and the plain text is run and read by the first
+            words = sum(map(len, answers))
+            run = distinct([p[:-1] for p in prompts]) + plain
+            run += distinct([p + a[:-1] for p, a in zip(prompts, answers)])
             ours, other, step, forward, projection = medians(
                 "texts", lambda: speak(self.student, tok, *asked, max_new_tokens=new_tokens),
-                lambda: text_by_text(self.plain, self.plain, tok, *asked, new_tokens),
+                lambda: generate_and_read(self.plain, self.plain, tok, *asked, new_tokens),
                 products(self.blocks + self.head, len(prompts)), products(self.blocks, 1024),
                 products(self.head, 256))
-        floor = step * max(map(len, answers)) + projection * read / 256
-        floor += forward * (distinct(prompts) + 2 * said + plain) / 1024
+        floor = step * words / len(prompts) + forward * run / 1024
+        floor += projection * (words + plain) / 256
         return {"evaluation_texts": against(ours, other, floor)}
 
     def extraction(self, pairs: int = 256, share: int = 16) -> dict[Key, Timing]:
@@ -829,9 +837,9 @@ def growth(b: Bench) -> tuple[list[float], list[float], list[float], list[float]
     with b.running(), endless(b.student):
         tokens = medians("tokens", *map(sample_to, LENGTHS))
 
-    # 2. sampling, over the rows of a batch, each with a prompt of its own as far as there are any
+    # 2. sampling, over the rows of a batch, each with a prompt of its own
     def sample_rows(n):
-        asked = [chat_ids(b.tok, reading.dilemmas[k % len(reading.dilemmas)]) for k in range(n)]
+        asked = [chat_ids(b.tok, context) for context in reading.contexts[:n]]
         return lambda: sample(b.student, b.tok, asked, b.vector, [2.0] * n, max_new_tokens=32,
                               batch_size=n)
     with b.running(), endless(b.student):

@@ -5,12 +5,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import distil
+import evaluate
 import heal_loop
 import lora
 from conftest import Ids, tiny
 from readouts import CLAUSES, cloze
 from sampling import completion_states, sample
-from steer import SteeringVector, extract_vector
+from steer import SteeringVector, chat_ids, extract_vector
 from studies import bench
 from texts import FOUNDATIONS, load_traits, load_vignettes
 
@@ -151,6 +153,41 @@ def test_one_forward_per_clause_gives_the_cloze_scores(embedded):
                                rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(mass.double(), torch.as_tensor(answers.mass), rtol=1e-4, atol=1e-5)
     assert list(CLAUSES) == list(FOUNDATIONS)
+
+
+def test_one_forward_per_completion_gives_the_same_verdicts(embedded):
+    model, tok = embedded
+    lora.attach(model)
+    try:
+        v = extract_vector(model, tok, load_traits()["care"].persona, ["Hello there."], [15])
+        rows = distil.sample_doses(model, tok, v, ["How are you?", "What is a map?"], [0.0, 40.0], 4,
+                                   seed=0, max_new_tokens=16)
+        rules = distil.Rules(min_words=3)
+        given = rows, load_traits()["care"].persona, rules
+        ours = [row["verdict"] for row in distil.judge(model, tok, *given)]
+        assert ours == bench.completion_by_completion(model, tok, *given)
+        assert len(set(ours)) > 1
+    finally:
+        lora.detach(model)
+
+
+def test_one_forward_per_text_reads_the_same(embedded):
+    model, tok = embedded
+    lora.attach(model)
+    try:
+        for m in lora.adapters(model).values():
+            torch.nn.init.normal_(m.B, std=0.03)
+        prompts, plain = ["How are you?", "What is a map?"], ["A map shows where things are."]
+        asked = [chat_ids(tok, p) for p in prompts]
+        answers = sample(model, tok, asked, max_new_tokens=8)
+        speech = evaluate.speak(model, tok, prompts, plain, max_new_tokens=8)
+        plainly = bench.twin(model)
+        lora.detach(plainly)
+        theirs = bench.text_by_text(model, plainly, tok, asked, answers, plain)
+        assert theirs == pytest.approx((speech.perplexity, speech.drift, speech.text_nats), rel=1e-3)
+        assert speech.drift > 0.01
+    finally:
+        lora.detach(model)
 
 
 def test_one_prompt_at_a_time_gives_the_same_vector(embedded):

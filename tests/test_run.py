@@ -55,7 +55,7 @@ def test_a_full_device_is_one_line_with_the_fix(tiny_folder, tmp_path, monkeypat
         command(monkeypatch, "heal_loop", *flags(tiny_folder), "--out", tmp_path / "run")
     said = capsys.readouterr().err
     assert ended.value.code != 0 and said.count("\n") == 1
-    assert "CUDA out of memory; nothing finished is lost; fix: a new run with a smaller --batch-size" in said
+    assert "CUDA out of memory; nothing finished is lost; fix: where another program holds" in said
 
 
 @pytest.mark.slow
