@@ -7,7 +7,7 @@ so that none can differ from what was run:
 
     {{ sweeps.moved("strong", "nll", 2) }}     nats after round 2, mean [95 % interval] over seeds
     {{ sweeps.cost("strong", "nll", "perplexity", 2) }}
-    {{ sweeps.at_equal_trait("strong", "text_nats") }}     where an arm first moved 1, 2, 3, 5
+    {{ sweeps.at_equal_trait("strong", "text_nats") }}     where it first moved 1, 2, 3, 5
 """
 from dataclasses import dataclass
 from pathlib import Path
