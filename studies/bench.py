@@ -9,9 +9,9 @@
     python -m studies.bench --scaling results/scaling.png
 
 --json: {key: {"ours", "other", "ratio", "floor_share"}}, seconds. --scaling draws how time grows
-with tokens, rows of a batch, completions and rounds. The alternatives stand below in full, each from
-standard parts: `model.generate` with hooks, PEFT, one forward per clause, text or prompt, a heal
-step over whole logits, and one with closed-form gradients.
+with tokens, rows of a batch, completions and rounds. The alternatives stand below in full, each
+from standard parts: `model.generate` with hooks, PEFT, one forward per clause, text or prompt, a
+heal step over whole logits, and one with closed-form gradients.
 Needs PEFT: pip install --no-deps -r requirements-bench.txt
 """
 import copy
