@@ -168,7 +168,9 @@ def speak(model, tok, prompts: list[str], plain: list[str], system: str = NEUTRA
         with lora.gates(model, history=0, live=0):
             originals = completion_states(model, [plainly[k] for k in spoken], said)
         of_each = zip(states.split(lengths), originals.split(lengths), said)
-        kl, logp = map(torch.cat, zip(*(against_original(model, *one) for one in of_each)))
+        parts = [against_original(model, *one) for one in of_each]  # one answer's logits at a time
+        kl = torch.cat([kl for kl, _ in parts])
+        logp = torch.cat([logp for _, logp in parts])
 
     # 3. plain text: the vector acts on all of it, a system prompt stands before it
     rows = [tok(text, add_special_tokens=False).input_ids for text in plain]

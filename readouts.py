@@ -97,7 +97,7 @@ def cloze(model, tok, vignettes: list[dict], constants=None, system: str = NEUTR
     mass = np.zeros(len(vignettes))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths in a batch
 
-    def run(rows):
+    def ask_rows(rows):
         states = completion_states(model, [prompts[i] for i in rows],
                                    [answer + letters[:1]] * len(rows), vector, dose)
         last = rearrange(states, "(b t) d -> b t d", b=len(rows))[:, -1]  # predicts the letter
@@ -105,7 +105,7 @@ def cloze(model, tok, vignettes: list[dict], constants=None, system: str = NEUTR
         mass[rows] = p[:, letters].sum(-1).double().cpu().numpy()
 
     for start in tqdm(range(0, len(order), batch_size), "ask", leave=False, disable=None):
-        halving(run, order[start:start + batch_size])
+        halving(ask_rows, order[start:start + batch_size])
 
     # 3. calibrate and normalise
     constants = raw.mean(0) if constants is None else constants

@@ -90,19 +90,19 @@ def rows_at_once(model) -> int:
     return getattr(model, "sample_rows", 96)
 
 
-def halving(run, rows: list[int]) -> None:
-    """run(rows), or one half after the other where the device's memory does not hold them all.
+def halving(step, rows: list[int]) -> None:
+    """step(rows), or one half after the other where the device's memory does not hold them all.
 
     Raises torch.OutOfMemoryError where a half, or a lone row, is too much.
     """
     try:
-        return run(rows)
+        return step(rows)
     except torch.OutOfMemoryError:
         if len(rows) == 1:
             raise
     torch.accelerator.empty_cache()  # outside the except: the error holds on to its tensors
-    run(rows[:len(rows) // 2])
-    run(rows[len(rows) // 2:])
+    step(rows[:len(rows) // 2])
+    step(rows[len(rows) // 2:])
 
 
 # ---- from words to hidden states ----------------------------------------------------------------
@@ -204,7 +204,7 @@ def score(model, prompts: list[list[int]], completions: list[list[int]],
     with_tokens = [i for i, c in enumerate(completions) if c]
     order = sorted(with_tokens, key=lambda i: (len(prompts[i]), prompts[i], len(completions[i])))
 
-    def run(rows):
+    def score_rows(rows):
         answers = [completions[i] for i in rows]
         states = completion_states(model, [prompts[i] for i in rows], answers, vector, dose)
         targets = torch.tensor([token for c in answers for token in c], device=model.device)
@@ -213,7 +213,7 @@ def score(model, prompts: list[list[int]], completions: list[list[int]],
             out[i] = of_completion
 
     for start in range(0, len(order), batch_size):
-        halving(run, order[start:start + batch_size])
+        halving(score_rows, order[start:start + batch_size])
     return out
 
 
@@ -275,7 +275,7 @@ def sample(model, tok, prompts: list[list[int]], vector: SteeringVector | None =
     doses = torch.as_tensor(doses, dtype=torch.float32)  # [row]
     out: list[list[int]] = [[] for _ in prompts]
 
-    def run(rows):
+    def draw_rows(rows):
         new = sample_batch(model, [prompts[i] for i in rows], vector, doses[rows], draws[rows],
                            stop, keep_stop, temperature=temperature, top_k=top_k, top_p=top_p)
         for i, tokens in zip(rows, new):
@@ -284,7 +284,7 @@ def sample(model, tok, prompts: list[list[int]], vector: SteeringVector | None =
     # equal prompts, and prompts of like length, share a batch
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
     for start in tqdm(range(0, len(order), batch_size), "sample", leave=False, disable=None):
-        halving(run, order[start:start + batch_size])
+        halving(draw_rows, order[start:start + batch_size])
     return out
 
 

@@ -46,9 +46,11 @@ class Sweeps:
 
     def beyond(self, sweep: str, arm: str, placebo: str, of_placebo: str, r: int) -> str:
         """How much further it moved than a placebo of the same seed by the end of round r, nats."""
-        moved = [{run.config["seed"]: run.moved(e) for run, e in self.events(*which, "healed", r)}
-                 for which in ((sweep, arm), (placebo, of_placebo))]
-        return over_seeds([moved[0][seed] - moved[1][seed] for seed in moved[1]], 2)
+        unsteered = {}  # {seed: nats}
+        for run, e in self.events(placebo, of_placebo, "healed", r):
+            unsteered[run.config["seed"]] = run.moved(e)
+        healed = self.events(sweep, arm, "healed", r)
+        return over_seeds([run.moved(e) - unsteered[run.config["seed"]] for run, e in healed], 2)
 
     def cost(self, sweep: str, arm: str, measure: str, r: int) -> str:
         """A measure of cost at the end of round r."""
