@@ -7,6 +7,7 @@
     python -m studies.bench > results/bench.md          # some minutes on 2 cores; any device
     python -m studies.bench --only sampling heal --json bench.json
     python -m studies.bench --scaling results/scaling.png
+    python -m studies.bench --profile                   # where the time of a heal step goes
 
 --json: {key: {"ours", "other", "ratio", "floor_share"}}, seconds. --scaling draws how time grows
 with tokens, rows of a batch, completions and rounds. The alternatives stand below in full, each
@@ -77,6 +78,7 @@ class Config:
     only: tuple[Key, ...] = get_args(Key)  # steps to time; fewer than all: no memory table
     json: Path | None = None  # write the numbers here too
     scaling: Path | None = None  # draw this picture of how time grows, instead of the table
+    profile: bool = False  # where the time of a heal step goes, instead of the table
 
 
 # ---- the alternatives: sampling ------------------------------------------------------------------
@@ -897,6 +899,45 @@ def scaling(b: Bench) -> Figure:
     return figure
 
 
+# ---- where the time goes -------------------------------------------------------------------------
+
+
+KINDS = {"products": ("aten::mm", "aten::addmm"),
+         "attention": ("aten::bmm", "aten::_softmax", "aten::_softmax_backward_data"),
+         "over the vocabulary": ("aten::_log_softmax", "aten::_log_softmax_backward_data",
+                                 "aten::exp", "aten::sub", "aten::gather", "aten::scatter_add_"),
+         "copies, casts, zeros": ("aten::copy_", "aten::cat", "aten::fill_"),
+         "multiplications and additions, one by one": ("aten::mul", "aten::add", "aten::add_")}
+
+
+def profile(b: Bench, rows: int = 8) -> str:
+    """Milliseconds of one heal step by the kind of operation, a table.
+
+    No shapes are recorded: the profiler would hold on to the tensors, and distort the times.
+    """
+    prompts, completions = b.batch(rows)
+    references = original_states(b.student, prompts, completions)
+    with lora.merged(b.student):  # as in heal_round
+        for _ in range(2):  # the first is slower
+            heal_step(b.student, prompts, completions, references, b.cfg)
+        with torch.profiler.profile() as found:
+            heal_step(b.student, prompts, completions, references, b.cfg)
+    b.student.zero_grad()
+    on_gpu = b.plain.device.type == "cuda"
+    times = {event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total)
+             for event in found.key_averages()}
+    table = [[kind, sum(times.pop(name, 0) for name in names)] for kind, names in KINDS.items()]
+    table.append(["the rest: norms, activations, bookkeeping", sum(times.values())])
+    total = sum(time for _, time in table)
+    table = [[kind, f"{time / 1e3:.0f}", f"{time / total:.0%}"] for kind, time in table]
+    positions = distinct([p + c[:-1] for p, c in zip(prompts, completions)])
+    tokens = sum(map(len, completions))
+    return (f"One heal step on {rows} completions: {tokens} tokens, {positions} positions to run."
+            "\n\n"
+            + tabulate([*table, ["all", f"{total / 1e3:.0f}", ""]], ["kind", "ms", "share"],
+                       tablefmt="github", disable_numparse=True))
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 
@@ -950,6 +991,11 @@ def main(cfg: Config) -> None:
     if cfg.scaling:
         scaling(b).savefig(cfg.scaling, dpi=200, metadata={"Software": None})
         return
+    dtype = str(model.dtype).removeprefix("torch.")
+    where = f"{machine(device)}, torch {torch.__version__}, {cfg.model} in {dtype}"
+    if cfg.profile:
+        print(f"`python -m studies.bench --profile` on {where}.\n\n{profile(b)}")
+        return
 
     # 1. measure
     wanted = set(cfg.only)
@@ -963,9 +1009,8 @@ def main(cfg: Config) -> None:
         runs.write_text(cfg.json, json.dumps(numbers, indent=2) + "\n")
 
     # 2. the table
-    dtype = str(model.dtype).removeprefix("torch.")
-    print(f"`python -m studies.bench` on {machine(device)}, torch {torch.__version__}, {cfg.model} "
-          f"in {dtype}; medians of {REPEATS} alternating repeats in one process.\n")
+    print(f"`python -m studies.bench` on {where}; "
+          f"medians of {REPEATS} alternating repeats in one process.\n")
     rows = []
     for key, t in timings.items():
         share = "" if t.floor_share is None else f"{t.floor_share:.0%}"
