@@ -88,9 +88,16 @@ def record(run: Path, **about) -> Record:
 
 
 def save(record: Record, folder: Path) -> None:
+    """Write a record. What studies.judge added to the one before it stays with the same events."""
     folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{record.name}.jsonl"
+    before = runs.read_jsonl(file)[1:] if file.exists() else []
+    for event, earlier in zip(record.events, before):
+        judged = {name: earlier[name] for name in earlier.keys() - event.keys()}
+        if judged.keys() == {"judge_perplexity"} and event | judged == earlier:
+            event |= judged
     first = {"stage": "config", "round": -1, **record.config}
-    runs.write_text(folder / f"{record.name}.jsonl", runs.to_jsonl([first, *record.events]))
+    runs.write_text(file, runs.to_jsonl([first, *record.events]))
 
 
 def load(folder: Path) -> list[Record]:

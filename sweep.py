@@ -327,7 +327,7 @@ def flags_of(cfg: Config) -> str:
     words = []
     for name, value in chosen.items():
         values = value if isinstance(value, (tuple, list)) else [value]
-        words.append(f"--{name.replace('_', '-')} {shlex.join(map(str, values))}")
+        words.append(shlex.join([f"--{name.replace('_', '-')}", *map(str, values)]))
     return " ".join(words + ["--baselines"] * cfg.baselines)
 
 

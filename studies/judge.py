@@ -7,8 +7,7 @@
     python -m studies.judge runs/strong results/runs/strong     # then: python frontier.py ...
 
 The original's own perplexity is what a barrier trains on; this model has no part in the training.
-Records keep no texts: they are read from the run folders. A sweep that is run again writes its
-records anew: judge it again.
+Records keep no texts: they are read from the run folders.
 """
 from dataclasses import dataclass
 from pathlib import Path

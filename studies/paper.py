@@ -92,12 +92,13 @@ class Sweeps:
         return "`python sweep.py " + self.of[sweep][0].config["command"] + "`"
 
     def counts(self, *sweeps: str) -> str:
-        """How much was run in these: a run that two sweeps share is counted once."""
+        """How much was run in these: a run, or a round, that several share is counted once."""
         trained = set()  # of each run, what its students lose on plain text: alike in no two
         for one in sum((self.of[name] for name in sweeps), []):
             if one.arm != "alone":
                 trained.add(tuple(e["text_nats"] for e in one.of("healed")))
-        return f"{len(trained)} runs, {sum(map(len, trained))} rounds"
+        rounds = {run[:r + 1] for run in trained for r in range(len(run))}
+        return f"{len(trained)} runs, {len(rounds)} rounds"
 
 
 def main(cfg: Config) -> None:

@@ -158,6 +158,20 @@ def test_tables_are_remade_from_the_records_alone_to_the_byte(tmp_path, monkeypa
         assert first == again
 
 
+def test_a_record_written_again_keeps_what_a_judge_added_to_the_same_events(tmp_path):
+    judged = record([(1.0, 0.01), (2.0, 0.02)], "nll")
+    frontier.save(judged, tmp_path)
+    for e in judged.events:
+        e["judge_perplexity"] = 3.0
+    frontier.save(judged, tmp_path)
+    # a sweep that is run again has the same numbers, but for a last round made anew
+    again = record([(1.0, 0.01), (2.5, 0.02)], "nll")
+    frontier.save(again, tmp_path)
+    [kept] = frontier.load(tmp_path)
+    assert [e.get("judge_perplexity") for e in kept.events[:-1]] == [3.0] * (len(kept.events) - 1)
+    assert "judge_perplexity" not in kept.events[-1]
+
+
 def test_what_is_no_record_is_one_line(tmp_path):
     with pytest.raises(ValueError, match="holds no records; fix: "):
         frontier.load(tmp_path)
