@@ -396,6 +396,14 @@ def figure(records: list[Record]) -> Figure:
 # ---- the page -----------------------------------------------------------------------------------
 
 
+def ended_early(records: list[Record]) -> str:
+    """The section of the runs that ended early, or nothing."""
+    rows = []
+    for run in records:
+        rows += [f"- {run.name}, round {e['round']}: {e['why']}" for e in run.of("ended")]
+    return "\n".join(["## Runs that ended early\n", *rows]) if rows else ""
+
+
 def page(records: list[Record], picture: str = "arms.png") -> str:
     """arms.md, the same in whatever order the records come."""
     records = sorted(records, key=lambda one: one.name)
@@ -417,14 +425,6 @@ def page(records: list[Record], picture: str = "arms.png") -> str:
     judge = ""
     if "judge_perplexity" in costs:
         judge = ", judge_perplexity: under an\nunrelated model (studies.judge)"
-
-    # what ended early
-    early = ""
-    for run in records:
-        for e in run.of("ended"):
-            early += f"- {run.name}, round {e['round']}: {e['why']}\n"
-    if early:
-        early = f"## Runs that ended early\n\n{early}"
 
     return f"""# Arms
 
@@ -463,7 +463,7 @@ Retained: moved, healed / moved, steered.
 
 {rounds_table(records)}
 
-{beside}{early}""".rstrip() + "\n"
+{beside}{ended_early(records)}""".rstrip() + "\n"
 
 
 def draw(records: list[Record], file: Path) -> None:
