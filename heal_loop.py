@@ -13,7 +13,7 @@ for bit), measure, and go round again.
     python heal_loop.py --reg kl_rev --agg rmse            # embedded 135M model, CPU, a few minutes
     python heal_loop.py --model google/gemma-3-4b-it --readout tinymfv --rounds 8     # a GPU
     python heal_loop.py --resume runs/X                    # on, after its last finished round
-    python heal_loop.py --fork runs/X --at 2 --tau 0.8     # round 2's data healed another way
+    python heal_loop.py --fork runs/X --at 2 --tau 0.2     # round 2's data healed another way
 """
 import functools
 import math
@@ -70,7 +70,7 @@ class Config:
     agg: Literal["mean", "rmse", "p95", "max"] = "rmse"  # how per-position KL becomes D
     lam: runs.From0 = 2.0  # λ, the barrier's weight
     lam_power: runs.Finite = 0.0  # round r has λ · (1 + r)^power
-    tau: runs.From0 = 0.2  # τ in nats: the barrier acts where D exceeds it
+    tau: runs.From0 = 0.8  # τ in nats: the barrier acts where D exceeds it
     ref: Literal["base", "prev", "good"] = "base"  # D from: original, last, or last fluent student
     weight_decay: runs.From0 = 100.0  # under --reg wd; a step shrinks the adapter by lr · decay
     lr: runs.Rate = 3e-4  # peak learning rate
@@ -114,7 +114,7 @@ def aggregate(kl: torch.Tensor, agg: str, eps: float = 1e-8) -> torch.Tensor:
     return kl.max()
 
 
-def barrier_loss(logp, logq, targets, reg: str = "kl_rev", agg: str = "rmse", tau: float = 0.2):
+def barrier_loss(logp, logq, targets, reg: str = "kl_rev", agg: str = "rmse", tau: float = 0.8):
     """One completion under the barrier -> CE_t [tokens], D and relu(D − τ), all in nats.
 
     logp, logq: float32 log-probabilities of student and original [tokens, vocab]; targets [tokens].

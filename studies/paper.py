@@ -1,4 +1,4 @@
-"""results/paper.md: every claim of the draft, its experiment, its numbers and a verdict.
+"""results/paper.md: every claim of the draft, its experiment, its numbers, a figure, a verdict.
 
     python -m studies.paper        # from the records in results/runs/, without a model
 
@@ -9,7 +9,7 @@ so that none can differ from what was run:
     {{ sweeps.cost("strong", "nll", "perplexity", 2) }}
     {{ sweeps.at_equal_trait("strong", "text_nats") }}     where it first moved 1, 2, 3, 5
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jinja2
@@ -19,6 +19,13 @@ import runs
 from frontier import COSTS, Record, over_seeds
 
 TEMPLATE = Path(__file__).parent / "paper.md.j2"
+# what stands side by side at equal trait, of sweeps with one base: {name: (sweep, arm)}
+SIDE_BY_SIDE = {"doses 2, 4: no barrier": ("eight", "nll"),
+                "doses 2, 4: mean, τ 0.8": ("eight", "kl_rev_mean"),
+                "doses 2, 4: rmse, τ 0.8": ("eight", "kl_rev_rmse"),
+                "doses 1, 2: no barrier": ("long", "nll"),
+                "doses 1, 2: rmse, τ 0.2": ("mild", "kl_rev_rmse"),
+                "doses 1, 2: rmse, τ 0.8": ("long", "kl_rev_rmse")}
 
 
 @dataclass
@@ -84,6 +91,31 @@ class Sweeps:
         """A table for each measure: where steering alone and each arm first moved so far."""
         return frontier.matched_tables(self.of[sweep], measures)
 
+    def side_by_side(self) -> list[Record]:
+        """The runs of SIDE_BY_SIDE under the names there, and what was not trained."""
+        found = frontier.of_steering(self.of["mild"])
+        for name, (sweep, arm) in SIDE_BY_SIDE.items():
+            for run in frontier.by_arm(self.of[sweep])[arm]:
+                found.append(replace(run, config=run.config | {"arm": name}))
+        return found
+
+    def all_at_equal_trait(self, *measures: str) -> str:
+        """The same of what stands side by side."""
+        return frontier.matched_tables(self.side_by_side(), measures)
+
+    def over_rounds(self, lines: dict[str, tuple[str, str]], rounds: list[int], *measures) -> str:
+        """A table, a line for each (sweep, arm): moved by the end of these rounds, its cost then.
+
+        The costs are those after the last of the rounds.
+        """
+        rows = []
+        for name, (sweep, arm) in lines.items():
+            moved = [self.moved(sweep, arm, r) for r in rounds]
+            costs = [self.cost(sweep, arm, measure, rounds[-1]) for measure in measures]
+            rows.append([name, *moved, *costs])
+        head = [f"moved, round {r}" for r in rounds] + [f"{measure} then" for measure in measures]
+        return frontier.table(rows, ["", *head])
+
     def by_round(self, sweep: str) -> str:
         """The table of every arm after every round: moved, steered and healed, D, the costs."""
         return frontier.rounds_table(self.of[sweep])
@@ -110,6 +142,7 @@ def main(cfg: Config) -> None:
         raise ValueError(f"{cfg.records} has no {e}, which {TEMPLATE.name} asks for; "
                          "fix: run the sweep, or studies.judge, again") from None
     runs.write_text(cfg.out, text.rstrip() + "\n")
+    frontier.figure(sweeps.side_by_side()).savefig(cfg.out.with_suffix(".png"), dpi=160)
     print(cfg.out)
 
 
