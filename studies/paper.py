@@ -120,8 +120,10 @@ class Sweeps:
         """The table of every arm after every round: moved, steered and healed, D, the costs."""
         return frontier.rounds_table(self.of[sweep])
 
-    def command(self, sweep: str) -> str:
-        return "`python sweep.py " + self.of[sweep][0].config["command"] + "`"
+    def command(self, sweep: str, arm: str | None = None) -> str:
+        """What made a sweep, or an arm of it where two commands did."""
+        run = frontier.by_arm(self.of[sweep])[arm][0] if arm else self.of[sweep][0]
+        return "`python sweep.py " + run.config["command"] + "`"
 
     def counts(self, *sweeps: str) -> str:
         """How much was run in these: a run, or a round, that several share is counted once."""
