@@ -23,7 +23,7 @@ TEMPLATE = Path(__file__).parent / "paper.md.j2"
 SIDE_BY_SIDE = {"doses 2, 4: no barrier": ("eight", "nll"),
                 "doses 2, 4: mean, τ 0.8": ("eight", "kl_rev_mean"),
                 "doses 2, 4: rmse, τ 0.8": ("eight", "kl_rev_rmse"),
-                "doses 1, 2: no barrier": ("long", "nll"),
+                "doses 1, 2: no barrier": ("mild", "nll"),
                 "doses 1, 2: rmse, τ 0.2": ("mild", "kl_rev_rmse"),
                 "doses 1, 2: rmse, τ 0.8": ("long", "kl_rev_rmse")}
 
@@ -63,6 +63,15 @@ class Sweeps:
         """A measure of cost at the end of round r."""
         costs = [frontier.cost(e, measure) for _, e in self.events(sweep, arm, "healed", r)]
         return over_seeds(costs, COSTS[measure])
+
+    def dearer(self, sweep: str, arm: str, other: str, measure: str, r: int) -> str:
+        """A cost at the end of round r, of one arm beyond another's of the same seed."""
+        of_other = {}  # {seed: cost}
+        for run, e in self.events(sweep, other, "healed", r):
+            of_other[run.config["seed"]] = frontier.cost(e, measure)
+        healed = self.events(sweep, arm, "healed", r)
+        return over_seeds([frontier.cost(e, measure) - of_other[run.config["seed"]]
+                           for run, e in healed], COSTS[measure])
 
     def change(self, sweep: str, arm: str, number: str, r: int) -> str:
         """Change of any number from the base by the end of round r."""
