@@ -51,13 +51,13 @@ class Sweeps:
         """How far the trait moved by the end of round r, nats."""
         return over_seeds([run.moved(e) for run, e in self.events(sweep, arm, "healed", r)], 2)
 
-    def beyond(self, sweep: str, arm: str, placebo: str, of_placebo: str, r: int) -> str:
-        """How much further it moved than a placebo of the same seed by the end of round r, nats."""
-        unsteered = {}  # {seed: nats}
-        for run, e in self.events(placebo, of_placebo, "healed", r):
-            unsteered[run.config["seed"]] = run.moved(e)
+    def beyond(self, sweep: str, arm: str, other_sweep: str, other: str, r: int) -> str:
+        """How much further it moved than another arm of the same seed, such as its placebo, nats."""
+        of_other = {}  # {seed: nats}
+        for run, e in self.events(other_sweep, other, "healed", r):
+            of_other[run.config["seed"]] = run.moved(e)
         healed = self.events(sweep, arm, "healed", r)
-        return over_seeds([run.moved(e) - unsteered[run.config["seed"]] for run, e in healed], 2)
+        return over_seeds([run.moved(e) - of_other[run.config["seed"]] for run, e in healed], 2)
 
     def cost(self, sweep: str, arm: str, measure: str, r: int) -> str:
         """A measure of cost at the end of round r."""
@@ -95,6 +95,11 @@ class Sweeps:
         """A measure of cost under that prompt."""
         [run] = frontier.of_steering(self.of[sweep])
         return over_seeds([frontier.cost(e, measure) for e in run.of("prompted")], COSTS[measure])
+
+    def prompted_change(self, sweep: str, number: str) -> str:
+        """Change of any number from the base under that prompt."""
+        [run] = frontier.of_steering(self.of[sweep])
+        return over_seeds([e[number] - run.base[number] for e in run.of("prompted")], 2)
 
     def at_equal_trait(self, sweep: str, *measures: str) -> str:
         """A table for each measure: where steering alone and each arm first moved so far."""
