@@ -52,7 +52,7 @@ class Sweeps:
         return over_seeds([run.moved(e) for run, e in self.events(sweep, arm, "healed", r)], 2)
 
     def beyond(self, sweep: str, arm: str, other_sweep: str, other: str, r: int) -> str:
-        """How much further it moved than another arm of the same seed, such as its placebo, nats."""
+        """How much further it moved than another arm of its seed, such as its placebo, nats."""
         of_other = {}  # {seed: nats}
         for run, e in self.events(other_sweep, other, "healed", r):
             of_other[run.config["seed"]] = run.moved(e)
