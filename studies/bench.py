@@ -926,7 +926,9 @@ def profile(b: Bench, rows: int = 8) -> str:
     on_gpu = b.plain.device.type == "cuda"
     times = {event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total)
              for event in found.key_averages()}
-    table = [[kind, sum(times.pop(name, 0) for name in names)] for kind, names in KINDS.items()]
+    table = []
+    for kind, names in KINDS.items():
+        table.append([kind, sum(times.pop(name, 0) for name in names)])
     table.append(["the rest: norms, activations, bookkeeping", sum(times.values())])
     total = sum(time for _, time in table)
     table = [[kind, f"{time / 1e3:.0f}", f"{time / total:.0%}"] for kind, time in table]

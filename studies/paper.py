@@ -51,27 +51,29 @@ class Sweeps:
         """How far the trait moved by the end of round r, nats."""
         return over_seeds([run.moved(e) for run, e in self.events(sweep, arm, "healed", r)], 2)
 
+    def within_seed(self, sweep: str, arm: str, other_sweep: str, other: str, r: int,
+                    number) -> list[float]:
+        """number(run, event) of an arm minus another's of the same seed, at the end of round r."""
+        of_other = {}  # {seed: number}
+        for run, e in self.events(other_sweep, other, "healed", r):
+            of_other[run.config["seed"]] = number(run, e)
+        healed = self.events(sweep, arm, "healed", r)
+        return [number(run, e) - of_other[run.config["seed"]] for run, e in healed]
+
     def beyond(self, sweep: str, arm: str, other_sweep: str, other: str, r: int) -> str:
         """How much further it moved than another arm of its seed, such as its placebo, nats."""
-        of_other = {}  # {seed: nats}
-        for run, e in self.events(other_sweep, other, "healed", r):
-            of_other[run.config["seed"]] = run.moved(e)
-        healed = self.events(sweep, arm, "healed", r)
-        return over_seeds([run.moved(e) - of_other[run.config["seed"]] for run, e in healed], 2)
+        return over_seeds(self.within_seed(sweep, arm, other_sweep, other, r, Record.moved), 2)
+
+    def dearer(self, sweep: str, arm: str, other: str, measure: str, r: int) -> str:
+        """How much more it costs than another arm of its seed."""
+        differences = self.within_seed(sweep, arm, sweep, other, r,
+                                       lambda run, e: frontier.cost(e, measure))
+        return over_seeds(differences, COSTS[measure])
 
     def cost(self, sweep: str, arm: str, measure: str, r: int) -> str:
         """A measure of cost at the end of round r."""
         costs = [frontier.cost(e, measure) for _, e in self.events(sweep, arm, "healed", r)]
         return over_seeds(costs, COSTS[measure])
-
-    def dearer(self, sweep: str, arm: str, other: str, measure: str, r: int) -> str:
-        """A cost at the end of round r, of one arm beyond another's of the same seed."""
-        of_other = {}  # {seed: cost}
-        for run, e in self.events(sweep, other, "healed", r):
-            of_other[run.config["seed"]] = frontier.cost(e, measure)
-        healed = self.events(sweep, arm, "healed", r)
-        return over_seeds([frontier.cost(e, measure) - of_other[run.config["seed"]]
-                           for run, e in healed], COSTS[measure])
 
     def change(self, sweep: str, arm: str, number: str, r: int) -> str:
         """Change of any number from the base by the end of round r."""
