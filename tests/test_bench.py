@@ -9,6 +9,7 @@ import distil
 import evaluate
 import heal_loop
 import lora
+import models
 from conftest import Ids, tiny
 from readouts import CLAUSES, cloze
 from sampling import completion_states, sample
@@ -238,6 +239,20 @@ def test_flops_are_those_of_the_matrix_products():
         for m in bench.linears(block):
             m(torch.zeros(7, m.in_features))
     assert 7 * bench.flops(bench.linears(block)) == counted.get_total_flops()
+
+
+def test_a_profile_shares_the_whole_step_out_and_names_operations_that_ran(tiny_folder):
+    b = bench.Bench(*models.load(str(tiny_folder), dtype="float32"))
+    text = bench.profile(b, rows=2)
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")][2:]
+    *shares, (everything, total, _) = rows
+    assert [kind.strip() for kind, *_ in shares[:-1]] == list(bench.KINDS)
+    assert sum(int(ms) for _, ms, _ in shares) == pytest.approx(int(total), abs=len(shares))
+    percent = sum(int(share.strip(" %")) for *_, share in shares)
+    assert percent == pytest.approx(100, abs=len(shares))
+    over_vocabulary = dict((kind.strip(), int(ms)) for kind, ms, _ in shares)["over the vocabulary"]
+    assert over_vocabulary > 0  # 49,152 words, a model 32 wide: most of the step
+    assert not any(p.grad is not None for p in lora.live_parameters(b.student))
 
 
 def test_every_key_has_a_line_that_says_what_it_is_compared_with():

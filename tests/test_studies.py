@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import frontier
+import lora
 import models
 import runs
 import texts
@@ -14,7 +15,7 @@ from distil import Rules
 from evaluate import Profile
 from readouts import cloze
 from steer import Persona, SteeringVector, calibrate
-from studies import cause, doses, gemma, judge, paper, readout
+from studies import aggregate, cause, doses, gemma, judge, paper, readout
 from studies import filter as filter_study
 from texts import FOUNDATIONS, load_vignettes
 
@@ -160,7 +161,7 @@ def test_the_filter_study_writes_its_page(tiny_folder, tmp_path):
     assert str(tmp_path) not in said and str(tiny_folder) not in said
 
 
-# ---- doses, cause, judge, paper -----------------------------------------------------------------
+# ---- doses, cause, aggregate, judge, paper ------------------------------------------------------
 
 
 def test_a_calibrated_dose_reaches_its_nats_through_the_cache_too(embedded):
@@ -204,6 +205,44 @@ def test_the_causes_of_runs_are_written_for_each_and_for_all(run, tmp_path, monk
     [everything] = re.findall(r"\| all +\|([^\n]+)", said)
     numbers = [[float(x) for x in row.strip(" |").split("|")] for row in (one, everything)]
     assert numbers[0] == numbers[1]
+
+
+@torch.no_grad()
+def test_what_the_aggregations_see_is_that_of_whole_rows_one_at_a_time():
+    model = tiny("llama")
+    lora.attach(model, rank=4)
+    for m in lora.adapters(model).values():
+        torch.nn.init.normal_(m.B, std=0.1)
+    lora.fold(model)
+    rows = torch.randint(3, 128, (3, 25), generator=torch.Generator().manual_seed(2)).tolist()
+    found = aggregate.of_completions(model, [row[:5] for row in rows], [row[5:] for row in rows])
+    for i, row in enumerate(rows):
+        logp = model(torch.tensor([row[:-1]])).logits[0, 4:].log_softmax(-1)
+        with lora.gates(model, history=0, live=0):
+            logq = model(torch.tensor([row[:-1]])).logits[0, 4:].log_softmax(-1)
+        kl = (logp.exp() * (logp - logq)).sum(-1)  # [20]: 5 % of it is one token
+        by_hand = {"mean": kl.mean(), "rmse": kl.square().mean().sqrt(), "p95": kl.quantile(0.95),
+                   "max": kl.max(), "top 5%": kl.max() / kl.sum()}
+        for name, value in by_hand.items():
+            assert found[name][i] == pytest.approx(value.item(), rel=1e-3)
+
+
+def test_what_the_aggregations_see_is_written_for_each_run(run, tmp_path, monkeypatch):
+    command(monkeypatch, "studies/aggregate", run, run, "--tau", "0", "--out", tmp_path / "new")
+    said = (tmp_path / "new/aggregate.md").read_text()
+    one, two = re.findall(r"\| runs\d*/run +\|([^\n]+)", said)
+    n, _, rmse, p95, most, top, active, *_ = one.replace("%", "").split("|")
+    assert one == two and int(n) == 6 and str(tmp_path) not in said
+    assert 1 < float(rmse) < float(most) and float(p95) < float(most)
+    assert float(active) == 100 and 0 < float(top) < 100
+
+
+def test_a_matched_tau_is_exceeded_by_as_many_completions():
+    rng = torch.Generator().manual_seed(0)
+    D = {agg: torch.rand(200, generator=rng) * k for k, agg in enumerate(aggregate.AGGS, start=1)}
+    for agg, tau in aggregate.matched(D, "rmse", 0.8).items():
+        assert (D[agg] > tau).sum().item() == pytest.approx((D["rmse"] > 0.8).sum().item(), abs=1)
+    assert aggregate.matched(D, "rmse", 0.8)["rmse"] == 0.8
 
 
 def test_an_unrelated_model_judges_what_was_said(run, tiny_folder, tmp_path, monkeypatch):

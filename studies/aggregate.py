@@ -1,0 +1,130 @@
+"""What mean, rmse, p95 and max see in the completions a student is healed on, and the τ that match.
+
+Per completion of round --at's data: KL(student ‖ original) at each token, the student as that round
+found it; its mean, and what each other aggregation is, in units of that mean. Where a few broken
+tokens carry the divergence, rmse and max lie far above the mean; where it is spread over all of
+them, they say what the mean says.
+
+    matched τ = the value that as many of these completions exceed as exceed --tau under --agg
+
+    python -m studies.aggregate runs/eight/nll_s? runs/eight/kl_rev_rmse_s? --at 3  # aggregate.md
+
+Half a minute a run.
+"""
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+import distil
+import heal_loop
+import lora
+import models
+import runs
+from sampling import completion_states, logits
+from studies.readout import markdown, ran_on
+
+AGGS = ("mean", "rmse", "p95", "max")
+
+
+@dataclass
+class Config:
+    run: tyro.conf.Positional[tuple[Path, ...]]  # run folders
+    at: runs.AtLeast1 = 1  # the round whose data is looked at, counted from 0
+    agg: Literal["mean", "rmse", "p95", "max"] = "rmse"  # what --tau is of
+    tau: runs.From0 = 0.8  # τ in nats that the others are matched with
+    device: str = "auto"  # auto, cuda, mps or cpu
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bfloat16 where native
+    out: Path = Path("results")  # folder for aggregate.md
+
+
+@torch.no_grad()
+def of_completions(model, prompts, completions) -> dict[str, torch.Tensor]:
+    """{aggregation: D of each completion}, and "top 5%": the share of KL on the costliest tokens.
+
+    kl_rev of the student, history gates on, from the original; in nats.
+    """
+    lengths = [len(c) for c in completions]
+    with lora.gates(model, history=1, live=0):
+        student = completion_states(model, prompts, completions).split(lengths)
+    with lora.gates(model, history=0, live=0):
+        original = completion_states(model, prompts, completions).split(lengths)
+    found = {name: [] for name in (*AGGS, "top 5%")}
+    for h, h_ref in zip(student, original):
+        logp, logq = (logits(model, states).float().log_softmax(-1) for states in (h, h_ref))
+        kl = heal_loop.kl_per_token(logp, logq)  # [tokens]
+        for agg in AGGS:
+            found[agg].append(heal_loop.aggregate(kl, agg))
+        costliest = kl.topk(-(-len(kl) // 20)).values
+        found["top 5%"].append(costliest.sum() / kl.sum())
+    return {name: torch.stack(values).cpu() for name, values in found.items()}
+
+
+def of_run(folder: Path, at: int, device: str, dtype: str) -> tuple:
+    """-> the model, and `of_completions` of the data of round `at` of a run.
+
+    Raises ValueError where the run has not got that far.
+    """
+    settings = runs.read_config(heal_loop.Config, folder)
+    if runs.rounds_done(folder) <= at:
+        raise ValueError(f"{folder} has no finished round {at}; fix: a smaller --at")
+    model, tok = models.load(settings.model, device, dtype)
+    tok.chat_date = date.fromisoformat(settings.date)
+    lora.load(model, [folder / f"round_{r}/adapter.safetensors" for r in range(at)])
+    kept = runs.read_jsonl(folder / f"round_{at}/kept.jsonl")
+    pairs = sorted(distil.row_ids(tok, row) for row in kept)
+    batches = [zip(*pairs[i:i + 8]) for i in range(0, len(pairs), 8)]
+    measured = [of_completions(model, *map(list, batch)) for batch in batches]
+    return model, {name: torch.cat([of[name] for of in measured]) for name in measured[0]}
+
+
+def matched(D: dict[str, torch.Tensor], agg: str, tau: float) -> dict[str, float]:
+    """{aggregation: the τ that as many completions exceed as exceed tau under agg}"""
+    below = (D[agg] <= tau).float().mean()
+    return {other: tau if other == agg else D[other].quantile(below).item() for other in AGGS}
+
+
+def name(folder: Path) -> str:
+    """The run and its sweep, as in eight/nll_s0."""
+    return "/".join(folder.resolve().parts[-2:])
+
+
+def main(cfg: Config) -> None:
+    # 1. measure
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for folder in tqdm(cfg.run, "runs", leave=False, disable=None):
+        model, D = of_run(folder, cfg.at, cfg.device, cfg.dtype)
+        over_mean = [(D[agg] / D["mean"]).median() for agg in AGGS[1:]]
+        taus = matched(D, cfg.agg, cfg.tau)
+        rows.append([name(folder), len(D["mean"]), f"{D['mean'].mean():.2f}",
+                     *(f"{ratio:.2f}" for ratio in over_mean), f"{D['top 5%'].median():.0%}",
+                     f"{(D[cfg.agg] > cfg.tau).float().mean():.0%}",
+                     *(f"{taus[agg]:.2f}" for agg in AGGS)])
+
+    # 2. write
+    folders = " ".join(f"runs/{name(folder)}" for folder in cfg.run)
+    text = f"""# What each aggregation sees
+
+`python -m studies.aggregate {folders} --at {cfg.at} --agg {cfg.agg} --tau {cfg.tau:g}`
+({ran_on(model)})
+
+Per-token KL(student ‖ original) on the completions that round {cfg.at} heals on, the student as
+that round finds it. The mean in nats, over tokens and completions. rmse, p95 and max as multiples
+of the mean of the same completion, and the share of its KL on its costliest 5 % of tokens: medians
+over completions. Active: completions whose {cfg.agg} exceeds {cfg.tau:g}. The last four columns:
+the τ at which each aggregation would act on as many.
+
+{markdown(rows, ["run", "completions", "mean", "rmse / mean", "p95 / mean", "max / mean", "top 5%",
+                 "active", *(f"τ, {agg}" for agg in AGGS)])}
+"""
+    runs.write_text(cfg.out / "aggregate.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    runs.cli(Config, main)
