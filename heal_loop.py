@@ -170,6 +170,12 @@ class Diverged(runs.Ended):
     """Training met a value that is not finite; the rounds before are untouched."""
 
 
+def warmup_and_cosine(steps: int):
+    """Share of the peak rate at step t: up over a tenth of the steps, under a cosine to 0."""
+    warmup = math.ceil(0.1 * steps)
+    return lambda t: min((t + 1) / warmup, 0.5 * (1 + math.cos(math.pi * t / steps)))
+
+
 def heal_round(model, tok, kept: list[dict], cfg: Config, seed: int,
                reference: list[float] = ()) -> dict:
     """Train the live adapter on the kept data under the barrier; -> the round's log.
@@ -201,9 +207,7 @@ def heal_round(model, tok, kept: list[dict], cfg: Config, seed: int,
     decay = cfg.weight_decay if cfg.reg == "wd" else 0.0
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=decay)
     steps = cfg.epochs * len(batches)
-    warmup = math.ceil(0.1 * steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: min((t + 1) / warmup, 0.5 * (1 + math.cos(math.pi * t / steps))))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_cosine(steps))
 
     # 4. train; the first batch of an epoch is looked at more closely
     log = []

@@ -5,7 +5,7 @@ found it; its mean, and what each other aggregation is, in units of that mean. W
 tokens carry the divergence, rmse and max lie far above the mean; where it is spread over all of
 them, they say what the mean says.
 
-    matched τ = the value that as many of these completions exceed as exceed --tau under --agg
+    matched τ = --tau times the median over completions of (this aggregation / --agg)
 
     python -m studies.aggregate runs/eight/nll_s? runs/eight/kl_rev_rmse_s? --at 3  # aggregate.md
 
@@ -83,9 +83,8 @@ def of_run(folder: Path, at: int, device: str, dtype: str) -> tuple:
 
 
 def matched(D: dict[str, torch.Tensor], agg: str, tau: float) -> dict[str, float]:
-    """{aggregation: the τ that as many completions exceed as exceed tau under agg}"""
-    below = (D[agg] <= tau).float().mean()
-    return {other: tau if other == agg else D[other].quantile(below).item() for other in AGGS}
+    """{aggregation: the τ of it that is as tight as tau of agg, on the median completion}"""
+    return {other: tau * (D[other] / D[agg]).median().item() for other in AGGS}
 
 
 def name(folder: Path) -> str:
@@ -103,7 +102,6 @@ def main(cfg: Config) -> None:
         taus = matched(D, cfg.agg, cfg.tau)
         rows.append([name(folder), len(D["mean"]), f"{D['mean'].mean():.2f}",
                      *(f"{ratio:.2f}" for ratio in over_mean), f"{D['top 5%'].median():.0%}",
-                     f"{(D[cfg.agg] > cfg.tau).float().mean():.0%}",
                      *(f"{taus[agg]:.2f}" for agg in AGGS)])
 
     # 2. write
@@ -116,11 +114,11 @@ def main(cfg: Config) -> None:
 Per-token KL(student ‖ original) on the completions that round {cfg.at} heals on, the student as
 that round finds it. The mean in nats, over tokens and completions. rmse, p95 and max as multiples
 of the mean of the same completion, and the share of its KL on its costliest 5 % of tokens: medians
-over completions. Active: completions whose {cfg.agg} exceeds {cfg.tau:g}. The last four columns:
-the τ at which each aggregation would act on as many.
+over completions. The last four columns: the τ of each aggregation that is as tight as {cfg.tau:g} of
+{cfg.agg} on the median completion.
 
 {markdown(rows, ["run", "completions", "mean", "rmse / mean", "p95 / mean", "max / mean", "top 5%",
-                 "active", *(f"τ, {agg}" for agg in AGGS)])}
+                 *(f"τ, {agg}" for agg in AGGS)])}
 """
     runs.write_text(cfg.out / "aggregate.md", text)
     print(text)

@@ -1,4 +1,4 @@
-"""results/paper.md: every claim of the draft, its experiment, its numbers, a figure, a verdict.
+"""results/paper.md: every claim of the draft, its experiment, its numbers, figures, a verdict.
 
     python -m studies.paper        # from the records in results/runs/, without a model
 
@@ -13,6 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jinja2
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
 
 import frontier
 import runs
@@ -26,6 +29,15 @@ SIDE_BY_SIDE = {"doses 2, 4: no barrier": ("eight", "nll"),
                 "doses 1, 2: no barrier": ("mild", "nll"),
                 "doses 1, 2: rmse, τ 0.2": ("mild", "kl_rev_rmse"),
                 "doses 1, 2: rmse, τ 0.8": ("long", "kl_rev_rmse")}
+
+# what is drawn round by round, of the strong regime
+BY_ROUND = {"no barrier": ("eight", "nll"),
+            "mean, τ 0.8": ("eight", "kl_rev_mean"),
+            "rmse, τ 0.8": ("eight", "kl_rev_rmse"),
+            "τ raised to 1.6 in round 5": ("raised", "kl_rev_rmse"),
+            "D from the round before": ("prev", "kl_rev_rmse"),
+            "D from the last fluent student": ("good", "kl_rev_rmse"),
+            "nothing steered, no barrier": ("strong_placebo", "nll")}
 
 
 @dataclass
@@ -151,6 +163,31 @@ class Sweeps:
         return f"{len(trained)} runs, {len(rounds)} rounds"
 
 
+def rounds_figure(sweeps: Sweeps) -> Figure:
+    """Trait and loss on plain text by round, a line per arm, seeds as a band from low to high."""
+    fig = Figure(figsize=(10, 3.6), layout="constrained")
+    panels = fig.subplots(1, 2)
+    colours = matplotlib.colormaps["turbo"](np.linspace(0.08, 0.92, len(BY_ROUND)))
+    for colour, (name, (sweep, arm)) in zip(colours, BY_ROUND.items()):
+        of_arm = frontier.by_arm(sweeps.of[sweep])[arm]
+        moved = [[0.0] + [run.moved(e) for e in run.of("healed")] for run in of_arm]
+        lost = [[e["text_nats"] for e in (run.base, *run.of("healed"))] for run in of_arm]
+        for axis, numbers in zip(panels, (moved, lost)):
+            numbers = np.array(numbers)  # [seeds, 1 + rounds]
+            n = np.arange(numbers.shape[1])
+            axis.plot(n, numbers.mean(0), color=colour, marker="o", markersize=3, label=name)
+            axis.fill_between(n, numbers.min(0), numbers.max(0), color=colour, alpha=0.15,
+                              linewidth=0)
+    for axis, title in zip(panels, ("moved (nats)", "text_nats")):
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("finished rounds", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
+               fontsize=8, frameon=False)
+    return fig
+
+
 def main(cfg: Config) -> None:
     sweeps = Sweeps(cfg.records)
     template = jinja2.Template(TEMPLATE.read_text(), undefined=jinja2.StrictUndefined)
@@ -161,6 +198,8 @@ def main(cfg: Config) -> None:
                          "fix: run the sweep, or studies.judge, again") from None
     runs.write_text(cfg.out, text.rstrip() + "\n")
     frontier.figure(sweeps.side_by_side()).savefig(cfg.out.with_suffix(".png"), dpi=160)
+    by_round = cfg.out.with_name(f"{cfg.out.stem}_rounds.png")
+    rounds_figure(sweeps).savefig(by_round, dpi=160)
     print(cfg.out)
 
 
