@@ -4,7 +4,7 @@
     sufficient = moved by the original + s                        / moved by the student
     necessary  = 1 − moved by the student with s projected out    / moved by the student
 
-    python -m studies.cause runs/strong/kl_rev_rmse_s?     # results/cause.md; a minute a run
+    python -m studies.cause runs/eight/kl_rev_rmse_s?      # results/cause.md; a minute a run
 
 h ← h + s, and h ← h − (h · u) u with u = s / |s|, after the last of the steered blocks (at several,
 the sums would add up) and from the assistant tag on. The control is a random direction of the same

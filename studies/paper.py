@@ -5,9 +5,9 @@
 The words stand in studies/paper.md.j2, and ask the records for the numbers of this version's runs,
 so that none can differ from what was run:
 
-    {{ sweeps.moved("strong", "nll", 2) }}     nats after round 2, mean [95 % interval] over seeds
-    {{ sweeps.cost("strong", "nll", "perplexity", 2) }}
-    {{ sweeps.at_equal_trait("strong", "text_nats") }}     where it first moved 1, 2, 3, 5
+    {{ sweeps.moved("eight", "nll", 2) }}     nats after round 2, mean [95 % interval] over seeds
+    {{ sweeps.cost("eight", "nll", "perplexity", 2) }}
+    {{ sweeps.at_equal_trait({"no barrier": ("eight", "nll")}, "text_nats") }}
 """
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ TEMPLATE = Path(__file__).parent / "paper.md.j2"
 SIDE_BY_SIDE = {"doses 2, 4: no barrier": ("eight", "nll"),
                 "doses 2, 4: mean, τ 0.8": ("eight", "kl_rev_mean"),
                 "doses 2, 4: rmse, τ 0.8": ("eight", "kl_rev_rmse"),
-                "doses 1, 2: no barrier": ("mild", "nll"),
+                "doses 1, 2: no barrier": ("long", "nll"),
                 "doses 1, 2: rmse, τ 0.2": ("mild", "kl_rev_rmse"),
                 "doses 1, 2: rmse, τ 0.8": ("long", "kl_rev_rmse")}
 
@@ -87,14 +87,20 @@ class Sweeps:
         costs = [frontier.cost(e, measure) for _, e in self.events(sweep, arm, "healed", r)]
         return over_seeds(costs, COSTS[measure])
 
+    def at(self, sweep: str, arm: str, measure: str, level: float) -> str:
+        """A measure of cost where an arm first moved so many nats."""
+        runs_of = frontier.by_arm(self.of[sweep])[arm]
+        costs = [frontier.at_trait(frontier.path(run, "healed", measure), level) for run in runs_of]
+        return over_seeds(costs, COSTS[measure])
+
     def change(self, sweep: str, arm: str, number: str, r: int) -> str:
         """Change of any number from the base by the end of round r."""
         healed = self.events(sweep, arm, "healed", r)
         return over_seeds([e[number] - run.base[number] for run, e in healed], 2)
 
-    def heal(self, sweep: str, arm: str, number: str, r: int) -> str:
-        """A number of round r's training, such as D or active."""
-        return over_seeds([e[number] for _, e in self.events(sweep, arm, "heal", r)], 2)
+    def number(self, sweep: str, arm: str, stage: str, name: str, r: int, digits: int = 2) -> str:
+        """Any number of round r, such as the D of its heal or what its distil sampled."""
+        return over_seeds([e[name] for _, e in self.events(sweep, arm, stage, r)], digits)
 
     def base(self, sweep: str, measure: str) -> str:
         """A measure of cost of the original."""
@@ -115,17 +121,31 @@ class Sweeps:
         [run] = frontier.of_steering(self.of[sweep])
         return over_seeds([e[number] - run.base[number] for e in run.of("prompted")], 2)
 
-    def at_equal_trait(self, sweep: str, *measures: str) -> str:
-        """A table for each measure: where steering alone and each arm first moved so far."""
-        return frontier.matched_tables(self.of[sweep], measures)
+    def alone(self, lines: dict[str, str], *measures: str) -> str:
+        """A table of steering alone by dose: {name: sweep}, what it moves and what that costs."""
+        rows = []
+        for name, sweep in lines.items():
+            [run] = frontier.of_steering(self.of[sweep])
+            for e in run.of("alone"):
+                costs = [f"{frontier.cost(e, m):.{COSTS[m]}f}" for m in measures]
+                rows.append([name, f"{e['dose']:g}", f"{run.moved(e):.2f}", *costs])
+        return frontier.table(rows, ["", "dose", "moved", *measures])
 
-    def side_by_side(self) -> list[Record]:
-        """The runs of SIDE_BY_SIDE under the names there, and what was not trained."""
-        found = frontier.of_steering(self.of["mild"])
-        for name, (sweep, arm) in SIDE_BY_SIDE.items():
+    def renamed(self, lines: dict[str, tuple[str, str]]) -> list[Record]:
+        """The runs of each (sweep, arm) under the names that they have here."""
+        found = []
+        for name, (sweep, arm) in lines.items():
             for run in frontier.by_arm(self.of[sweep])[arm]:
                 found.append(replace(run, config=run.config | {"arm": name}))
         return found
+
+    def side_by_side(self) -> list[Record]:
+        """The runs of SIDE_BY_SIDE, and what was not trained."""
+        return frontier.of_steering(self.of["mild"]) + self.renamed(SIDE_BY_SIDE)
+
+    def at_equal_trait(self, lines: dict[str, tuple[str, str]], *measures: str) -> str:
+        """A table for each measure: its value where each line first moved 1, 2, 3, 5 nats."""
+        return frontier.matched_tables(self.renamed(lines), measures)
 
     def all_at_equal_trait(self, *measures: str) -> str:
         """The same of what stands side by side."""
@@ -153,10 +173,10 @@ class Sweeps:
         run = frontier.by_arm(self.of[sweep])[arm][0] if arm else self.of[sweep][0]
         return "`python sweep.py " + run.config["command"] + "`"
 
-    def counts(self, *sweeps: str) -> str:
-        """How much was run in these: a run, or a round, that several share is counted once."""
+    def counts(self) -> str:
+        """How much was run: a run, or a round, that several share is counted once."""
         trained = set()  # of each run, what its students lose on plain text: alike in no two
-        for one in sum((self.of[name] for name in sweeps), []):
+        for one in sum(self.of.values(), []):
             if one.arm != "alone":
                 trained.add(tuple(e["text_nats"] for e in one.of("healed")))
         rounds = {run[:r + 1] for run in trained for r in range(len(run))}
