@@ -93,6 +93,11 @@ class Sweeps:
         costs = [frontier.at_trait(frontier.path(run, "healed", measure), level) for run in runs_of]
         return over_seeds(costs, COSTS[measure])
 
+    def kept(self, sweep: str, arm: str, r: int) -> str:
+        """The share of what steering moved that round r's healed student keeps."""
+        runs_of = frontier.by_arm(self.of[sweep])[arm]
+        return over_seeds([frontier.retained(run, r) for run in runs_of], 2)
+
     def change(self, sweep: str, arm: str, number: str, r: int) -> str:
         """Change of any number from the base by the end of round r."""
         healed = self.events(sweep, arm, "healed", r)
