@@ -77,9 +77,11 @@ def of_run(folder: Path, at: int, device: str, dtype: str) -> tuple:
     lora.load(model, [folder / f"round_{r}/adapter.safetensors" for r in range(at)])
     kept = runs.read_jsonl(folder / f"round_{at}/kept.jsonl")
     pairs = sorted(distil.row_ids(tok, row) for row in kept)
-    batches = [zip(*pairs[i:i + 8]) for i in range(0, len(pairs), 8)]
-    measured = [of_completions(model, *map(list, batch)) for batch in batches]
-    return model, {name: torch.cat([of[name] for of in measured]) for name in measured[0]}
+    measured = []
+    for start in range(0, len(pairs), 8):
+        prompts, completions = zip(*pairs[start:start + 8])
+        measured.append(of_completions(model, prompts, completions))
+    return model, {key: torch.cat([batch[key] for batch in measured]) for key in measured[0]}
 
 
 def matched(D: dict[str, torch.Tensor], agg: str, tau: float) -> dict[str, float]:
@@ -114,8 +116,8 @@ def main(cfg: Config) -> None:
 Per-token KL(student ‖ original) on the completions that round {cfg.at} heals on, the student as
 that round finds it. The mean in nats, over tokens and completions. rmse, p95 and max as multiples
 of the mean of the same completion, and the share of its KL on its costliest 5 % of tokens: medians
-over completions. The last four columns: the τ of each aggregation that is as tight as {cfg.tau:g} of
-{cfg.agg} on the median completion.
+over completions. The last four columns: the τ of each aggregation that is as tight as {cfg.tau:g}
+of {cfg.agg} on the median completion.
 
 {markdown(rows, ["run", "completions", "mean", "rmse / mean", "p95 / mean", "max / mean", "top 5%",
                  *(f"τ, {agg}" for agg in AGGS)])}
