@@ -18,6 +18,8 @@ import contextlib
 import json
 import math
 import os
+import platform
+import re
 import shutil
 import sys
 import time
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import Annotated, Callable, NamedTuple
 
 import torch
+import transformers
 import tyro
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -266,6 +269,20 @@ def read_events(folder: Path) -> list[dict]:
     return events + [e for e in top if e["round"] >= 0]
 
 
+def machine(device: str) -> str:
+    """What decides over the last digits of a number: processor, threads, library versions."""
+    if device != "cpu" and torch.cuda.is_available():
+        where = torch.cuda.get_device_name()
+    else:
+        cpu, cpuinfo = platform.processor(), Path("/proc/cpuinfo")
+        text = cpuinfo.read_text() if cpuinfo.exists() else ""
+        cpu = (re.findall(r"model name\s*: (.*)", text) or [cpu])[0]
+        # the widest instructions that it multiplies matrices with; kernels differ by them
+        kinds = [name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in text]
+        where = ", ".join([cpu, *kinds[:1], f"{torch.get_num_threads()} threads"])
+    return f"{where}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
 class Run:
     """A run folder that is being worked on."""
 
@@ -296,6 +313,13 @@ class Run:
         before = read_jsonl(file, torn=True) if file.exists() else []
         write_text(file, to_jsonl([*before, event]))
         return event
+
+    def record_machine(self, device: str) -> None:
+        """Where the run is worked on, when it begins and whenever it goes on somewhere else."""
+        here = machine(device)
+        known = [e["name"] for e in self.events if e["stage"] == "machine"]
+        if known[-1:] != [here]:
+            self.record("machine", -1, name=here)
 
     @contextlib.contextmanager
     def new_round(self, r: int):
@@ -364,7 +388,8 @@ def copy_for_fork(source: Path, at: int, folder: Path) -> None:
     write_text(forked / "events.jsonl", to_jsonl(unhealed))
 
     # 3. the events of no round, and where all this is from
-    top = [e for e in read_events(source) if e["stage"] in ("memory", "base", "prompted")]
+    before = ("machine", "memory", "base", "prompted")
+    top = [e for e in read_events(source) if e["stage"] in before]
     origin = {"stage": "forked", "round": -1, "run": source.name, "at": at}
     write_text(folder / "events.jsonl", to_jsonl([*top, origin]))
 
@@ -430,6 +455,7 @@ def begin(config, name: str, downstream: tuple[str, ...] = (), again: str = ""):
                 top = read_jsonl(folder / "events.jsonl", torn=True)
                 kept = [e for e in top if e not in unfinished]
                 write_text(folder / "events.jsonl", to_jsonl(kept))
+            run.record_machine(config.device)
             yield run
 
     # 3. what goes wrong in here, with the command that goes on

@@ -18,7 +18,6 @@ Needs PEFT: pip install --no-deps -r requirements-bench.txt
 import copy
 import json
 import os
-import platform
 import re
 import resource
 import statistics
@@ -943,16 +942,6 @@ def profile(b: Bench, rows: int = 8) -> str:
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def machine(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    name, cpuinfo = platform.processor(), Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"model name\s*: (.*)", cpuinfo.read_text())
-        name = found[1] if found else name
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
 def gaps(b: Bench, wanted: set[Key]) -> list[str]:
     """What makes the comparisons of healing fair, a sentence each.
 
@@ -994,7 +983,7 @@ def main(cfg: Config) -> None:
         scaling(b).savefig(cfg.scaling, dpi=200, metadata={"Software": None})
         return
     dtype = str(model.dtype).removeprefix("torch.")
-    where = f"{machine(device)}, torch {torch.__version__}, {cfg.model} in {dtype}"
+    where = f"{runs.machine(device)}, {cfg.model} in {dtype}"
     if cfg.profile:
         print(f"`python -m studies.bench --profile` on {where}.\n\n{profile(b)}")
         return

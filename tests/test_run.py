@@ -47,6 +47,23 @@ def test_where_memory_is_short_fewer_rows_and_no_second_copy_for_as_long_as_the_
     assert 1 <= made[0][0] < 96 and made[0] == made[1] and made[2] == (96, True)
 
 
+def test_where_a_run_was_made_is_on_record_and_again_only_where_it_goes_on_elsewhere(
+        tiny_folder, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.setattr(evaluate, "measure", lambda *args, **kwargs: 1 / 0)
+    for name, *where in (("cpu A", "--out", out), ("cpu A", "--resume", out), ("cpu B", "--resume", out)):
+        monkeypatch.setattr(runs, "machine", lambda device, name=name: name)
+        with pytest.raises(ZeroDivisionError):
+            command(monkeypatch, "heal_loop", *flags(tiny_folder), *where)
+    assert [e["name"] for e in runs.read_events(out) if e["stage"] == "machine"] == ["cpu A", "cpu B"]
+
+
+def test_the_machine_is_said_with_all_that_decides_over_last_digits():
+    said = runs.machine("cpu")
+    assert f"torch {torch.__version__}" in said and f"{torch.get_num_threads()} threads" in said
+    assert "transformers" in said and len(said) < 150
+
+
 def test_a_full_device_is_one_line_with_the_fix(tiny_folder, tmp_path, monkeypatch, capsys):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
@@ -67,7 +84,7 @@ def test_the_smoke_run_leaves_a_whole_run_folder(tmp_path):
     assert names(out) == TOP and names(out / "round_0") == ROUND
     assert "base" in done.stdout and "healed r0" in done.stdout and "coh_cost" in done.stdout
     assert done.stderr == "", "a library spoke, or a bar was drawn where nobody looks"
-    assert stages(out) == ["memory", "base", "extract", "distil", "steered", "heal", "healed"]
+    assert stages(out) == ["machine", "memory", "base", "extract", "distil", "steered", "heal", "healed"]
     kept = runs.read_jsonl(out / "round_0" / "kept.jsonl")
     assert len(kept) == 8 and all(row["verdict"] == "kept" for row in kept)
     assert all([m["role"] for m in row["messages"]] == ["system", "user", "assistant"] for row in kept)
@@ -83,7 +100,7 @@ def test_the_baselines_are_measured_around_the_rounds(tiny_folder, tmp_path, mon
     monkeypatch.setattr(evaluate, "COHERENCE_FLOOR", 0.0)  # a random model has no coherence to lose
     out = tmp_path / "run"
     command(monkeypatch, "heal_loop", *flags(tiny_folder), "--baselines", "--out", out)
-    assert stages(out) == ["memory", "base", "prompted", "extract", "distil", "steered", "heal", "healed", "matched"]
+    assert stages(out) == ["machine", "memory", "base", "prompted", "extract", "distil", "steered", "heal", "healed", "matched"]
     said = capsys.readouterr().out
     assert "persona prompt" in said and "steering alone" in said
     again = {p.name: p.read_bytes() for p in out.glob("*.*")}
@@ -138,7 +155,7 @@ def test_a_starved_run_says_which_rule_dropped_most_and_keeps_what_it_sampled(
     assert all(word in said for word in ("data starved: 0 of 6", "perplexity", "--max-perplexity"))
     assert names(out) == TOP - {"round_0"} | {"ended_round_0"}
     assert len(runs.read_jsonl(out / "ended_round_0" / "sampled.jsonl")) > 6
-    assert stages(out) == ["memory", "base", "ended"] and "data starved" in (out / "report.html").read_text()
+    assert stages(out) == ["machine", "memory", "base", "ended"] and "data starved" in (out / "report.html").read_text()
 
 
 def test_training_that_diverges_stops_with_the_step_and_leaves_the_rounds_before(embedded, monkeypatch):
@@ -165,7 +182,7 @@ def test_a_collapsed_student_ends_the_loop_also_when_it_is_resumed(tiny_folder, 
     out = tmp_path / "run"  # a random model has no mass on the answers: its first round is its last
     command(monkeypatch, "heal_loop", *flags(tiny_folder), "--rounds", 3, "--out", out)
     command(monkeypatch, "heal_loop", "--resume", out)
-    assert stages(out) == ["memory", "base", "extract", "distil", "steered", "heal", "healed", "ended"]
+    assert stages(out) == ["machine", "memory", "base", "extract", "distil", "steered", "heal", "healed", "ended"]
     assert "the loop ended early: coherence fell below 0.85" in capsys.readouterr().out
 
 
