@@ -285,15 +285,16 @@ def round_rows(arms: dict[str, list[Record]], costs: list[str]) -> list[list[str
     return rows
 
 
-def matched_rows(arms: dict[str, list[Record]], alone: list[Record], name: str) -> list[list[str]]:
-    """One measure of cost where each arm first moved 1, 2, 3, 5 nats."""
+def matched_rows(arms: dict[str, list[Record]], alone: list[Record], name: str,
+                 levels: tuple[float, ...]) -> list[list[str]]:
+    """One measure of cost where each arm first moved so many nats."""
     rows = []
     lines = [("steering alone", alone, "alone")] if alone else []
     lines += [(arm, of_arm, "healed") for arm, of_arm in arms.items()]
     for arm, of_arm, stage in lines:
         paths = [path(run, stage, name) for run in of_arm]
         rows.append([arm, *(over_seeds([at_trait(points, level) for points in paths], COSTS[name])
-                            for level in LEVELS)])
+                            for level in levels)])
     return rows
 
 
@@ -308,15 +309,16 @@ def slope_rows(arms: dict[str, list[Record]], costs: list[str]) -> list[list[str
     return rows
 
 
-def matched_tables(records: list[Record], costs: list[str]) -> str:
+def matched_tables(records: list[Record], costs: list[str],
+                   levels: tuple[float, ...] = LEVELS) -> str:
     """A table for each measure of cost, at equal trait."""
     alone = of_steering(records)
     arms = by_arm(records)
     sign = "−" if next(iter(arms.values()))[0].base["direction"] == "down" else "+"
     tables = []
     for name in costs:
-        head = [name, *(f"at {sign}{level}" for level in LEVELS)]
-        tables.append(table(matched_rows(arms, alone, name), head))
+        head = [name, *(f"at {sign}{level}" for level in levels)]
+        tables.append(table(matched_rows(arms, alone, name, levels), head))
     return "\n\n".join(tables)
 
 

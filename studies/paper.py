@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 import frontier
 import runs
-from frontier import COSTS, Record, over_seeds
+from frontier import COSTS, LEVELS, Record, over_seeds
 
 TEMPLATE = Path(__file__).parent / "paper.md.j2"
 # what stands side by side at equal trait, of sweeps with one base: {name: (sweep, arm)}
@@ -148,13 +148,18 @@ class Sweeps:
         """The runs of SIDE_BY_SIDE, and what was not trained."""
         return frontier.of_steering(self.of["mild"]) + self.renamed(SIDE_BY_SIDE)
 
-    def at_equal_trait(self, lines: dict[str, tuple[str, str]], *measures: str) -> str:
-        """A table for each measure: its value where each line first moved 1, 2, 3, 5 nats."""
-        return frontier.matched_tables(self.renamed(lines), measures)
+    def at_equal_trait(self, lines: dict[str, tuple[str, str]], *measures: str, alone: str = "",
+                       levels: tuple[float, ...] = LEVELS) -> str:
+        """A table for each measure: its value where each line first moved so many nats.
+
+        alone: a sweep whose steering alone is the first line.
+        """
+        steering = frontier.of_steering(self.of[alone]) if alone else []
+        return frontier.matched_tables(steering + self.renamed(lines), measures, levels)
 
     def all_at_equal_trait(self, *measures: str) -> str:
         """The same of what stands side by side."""
-        return frontier.matched_tables(self.side_by_side(), measures)
+        return self.at_equal_trait(SIDE_BY_SIDE, *measures, alone="mild")
 
     def over_rounds(self, lines: dict[str, tuple[str, str]], rounds: list[int], *measures) -> str:
         """A table, a line for each (sweep, arm): moved by the end of these rounds, its cost then.
