@@ -59,9 +59,9 @@ class Sweeps:
             found += [(run, e) for e in run.of(stage) if e["round"] == r]
         return found
 
-    def moved(self, sweep: str, arm: str, r: int) -> str:
-        """How far the trait moved by the end of round r, nats."""
-        return over_seeds([run.moved(e) for run, e in self.events(sweep, arm, "healed", r)], 2)
+    def moved(self, sweep: str, arm: str, r: int, stage: str = "healed") -> str:
+        """How far the trait moved by the end of round r, or of its student `steered`, nats."""
+        return over_seeds([run.moved(e) for run, e in self.events(sweep, arm, stage, r)], 2)
 
     def within_seed(self, sweep: str, arm: str, other_sweep: str, other: str, r: int,
                     number) -> list[float]:
