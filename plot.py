@@ -300,8 +300,7 @@ img{max-width:100%}
 {{ config.rounds }} rounds, seed {{ config.seed }}, {{ n }} vignettes.
 Steered is the student with the vector added at the mean dose of its kept data;
 healed is the student after the round, without any vector.
-{% for name in machines %}{{ "Begun on" if loop.first else "Went on on" }} {{ name }}.
-{% endfor %}</p>
+{% if machines %}Made on {{ machines | join(", then on ") }}.{% endif %}</p>
 {% if ended %}<p><strong>The loop ended early: {{ ended }}</strong></p>{% endif %}
 {% macro answers_to(prompt, answers) %}<h3>{{ prompt }}</h3>
 <table class="say">{% for name, text in answers %}
@@ -394,7 +393,8 @@ def report(run: Path, events: list[dict], config: dict) -> str:
         config=config, n=len(points[0].profile.ids), head=head(points[0].profile.axis),
         rows=table_rows(events), said=said, findings=findings(events), colour=COLOUR, ended=ended,
         png=as_text(trajectory(events)), steps=as_text(steps(events, config["tau"])),
-        border=at_the_border(run), machines=[e["name"] for e in events if e["stage"] == "machine"],
+        machines=[e["name"] for e in events if e["stage"] == "machine"],
+        border=at_the_border(run),
         heal_head=HEAL_HEAD, heal_rows=heal_rows(run, events))
 
 

@@ -271,16 +271,24 @@ def read_events(folder: Path) -> list[dict]:
 
 def machine(device: str) -> str:
     """What decides over the last digits of a number: processor, threads, library versions."""
-    if device != "cpu" and torch.cuda.is_available():
-        where = torch.cuda.get_device_name()
-    else:
-        cpu, cpuinfo = platform.processor(), Path("/proc/cpuinfo")
-        text = cpuinfo.read_text() if cpuinfo.exists() else ""
-        cpu = (re.findall(r"model name\s*: (.*)", text) or [cpu])[0]
-        # the widest instructions that it multiplies matrices with; kernels differ by them
-        kinds = [name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in text]
-        where = ", ".join([cpu, *kinds[:1], f"{torch.get_num_threads()} threads"])
-    return f"{where}, torch {torch.__version__}, transformers {transformers.__version__}"
+    libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
+
+    # 1. a GPU, under auto the first one
+    if device == "auto" and torch.cuda.is_available():
+        device = "cuda"
+    if device.startswith("cuda"):
+        return f"{torch.cuda.get_device_name(device)}, {libraries}"
+
+    # 2. or the processor, with the widest instructions it has for matrices: kernels differ by them
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = re.search(r"model name\s*: (.*)", text)
+    parts = [found[1] if found else platform.processor()]
+    for instructions in ("amx_bf16", "avx512_bf16", "avx512f", "avx2"):
+        if instructions in text:
+            parts.append(instructions)
+            break
+    return ", ".join([*parts, f"{torch.get_num_threads()} threads", libraries])
 
 
 class Run:
@@ -388,8 +396,8 @@ def copy_for_fork(source: Path, at: int, folder: Path) -> None:
     write_text(forked / "events.jsonl", to_jsonl(unhealed))
 
     # 3. the events of no round, and where all this is from
-    before = ("machine", "memory", "base", "prompted")
-    top = [e for e in read_events(source) if e["stage"] in before]
+    shared = ("machine", "memory", "base", "prompted")
+    top = [e for e in read_events(source) if e["stage"] in shared]
     origin = {"stage": "forked", "round": -1, "run": source.name, "at": at}
     write_text(folder / "events.jsonl", to_jsonl([*top, origin]))
 

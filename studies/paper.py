@@ -76,9 +76,10 @@ class Sweeps:
         """How much further it moved than another arm of its seed, such as its placebo, nats."""
         return over_seeds(self.within_seed(sweep, arm, other_sweep, other, r, Record.moved), 2)
 
-    def dearer(self, sweep: str, arm: str, other: str, measure: str, r: int) -> str:
+    def dearer(self, sweep: str, arm: str, other_sweep: str, other: str, measure: str,
+               r: int) -> str:
         """How much more it costs than another arm of its seed."""
-        differences = self.within_seed(sweep, arm, sweep, other, r,
+        differences = self.within_seed(sweep, arm, other_sweep, other, r,
                                        lambda run, e: frontier.cost(e, measure))
         return over_seeds(differences, COSTS[measure])
 
@@ -159,7 +160,7 @@ class Sweeps:
 
     def all_at_equal_trait(self, *measures: str) -> str:
         """The same of what stands side by side."""
-        return self.at_equal_trait(SIDE_BY_SIDE, *measures, alone="mild")
+        return frontier.matched_tables(self.side_by_side(), measures)
 
     def over_rounds(self, lines: dict[str, tuple[str, str]], rounds: list[int], *measures) -> str:
         """A table, a line for each (sweep, arm): moved by the end of these rounds, its cost then.
