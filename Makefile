@@ -1,5 +1,5 @@
 # make run: the whole method on the embedded model.  make test: every test.  make quick: those of a minute.
-# make walkthrough: walkthrough.ipynb, with its outputs, from walkthrough.py.
+# make walkthrough: docs/walkthrough.ipynb, with its outputs, from walkthrough.py.
 # make env: what all of them need.
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -17,11 +17,11 @@ quick: env
 
 walkthrough: env
 	$(PY) -m pip install -q --disable-pip-version-check -r requirements-walkthrough.txt
-	$(PY) -m jupytext --quiet --to ipynb --set-kernel python3 walkthrough.py
+	$(PY) -m jupytext --quiet --to ipynb --set-kernel python3 docs/walkthrough.py
 	PYTHONWARNINGS=ignore:IProgress $(PY) -c "import nbclient, nbformat as f; \
-	  book = f.read('walkthrough.ipynb', 4); \
+	  book = f.read('docs/walkthrough.ipynb', 4); \
 	  nbclient.execute(book, coalesce_streams=True, record_timing=False); \
-	  f.write(book, 'walkthrough.ipynb')"
+	  f.write(book, 'docs/walkthrough.ipynb')"
 
 env: .venv/ready
 

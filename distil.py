@@ -24,11 +24,11 @@ from typing import Literal
 import torch
 
 import lora
-import models
-import runs
-import texts
-from readouts import suffix_ids
-from sampling import end_of_turn, repetition, sample, score, stop_tokens, worst_perplexity
+from common import models
+from common import runs
+from common import texts
+from common.readouts import suffix_ids
+from common.sampling import end_of_turn, repetition, sample, score, stop_tokens, worst_perplexity
 from steer import NEUTRAL, Persona, SteeringVector, band, chat_ids, chat_text, extract_vector
 
 REFUSAL = re.compile(

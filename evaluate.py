@@ -28,13 +28,13 @@ import torch
 from tabulate import tabulate
 
 import lora
-import models
-import runs
-import texts
-from readouts import cloze, probe, tinymfv
-from sampling import completion_states, logits, perplexity, repetition, sample, score
+from common import models
+from common import runs
+from common import texts
+from common.readouts import cloze, probe, tinymfv
+from common.sampling import completion_states, logits, perplexity, repetition, sample, score
 from steer import NEUTRAL, SteeringVector, chat_ids, mean_residual
-from texts import FOUNDATIONS
+from common.texts import FOUNDATIONS
 
 COHERENCE_FLOOR = 0.85  # below it a model has collapsed, and coh_cost has no value
 EQUAL = 0.15  # nats; models that stand nearer than this on the axis are compared as equal

@@ -26,14 +26,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import check
+from tools import check
 import distil
 import evaluate
 import lora
-import models
-import runs
-import texts
-from sampling import completion_states, logits, score
+from common import models
+from common import runs
+from common import texts
+from common.sampling import completion_states, logits, score
 from steer import SteeringVector, band, calibrate, chat_ids, extract_vector
 
 
@@ -243,7 +243,7 @@ def heal_round(model, tok, kept: list[dict], cfg: Config, seed: int,
 
 def main(cfg: Config, loaded=None) -> Path:
     """A run from flags to pictures; -> its folder. loaded: (model, tokenizer), if at hand."""
-    import plot
+    from tools import plot
     if cfg.reg == "wd" and cfg.lr * cfg.weight_decay >= 1:
         raise ValueError(f"--weight-decay {cfg.weight_decay} is out of range; fix: below 1 / lr")
     if cfg.resume and cfg.fork:

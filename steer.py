@@ -318,8 +318,8 @@ def check_room(model, longest: int, new: int = 0) -> None:
 if __name__ == "__main__":
     from typing import Literal
 
-    import models
-    import runs
+    from common import models
+    from common import runs
 
     @dataclass
     class Config:

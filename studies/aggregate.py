@@ -23,9 +23,9 @@ from tqdm import tqdm
 import distil
 import heal_loop
 import lora
-import models
-import runs
-from sampling import completion_states, logits
+from common import models
+from common import runs
+from common.sampling import completion_states, logits
 from studies.readout import markdown, ran_on
 
 AGGS = ("mean", "rmse", "p95", "max")

@@ -40,14 +40,14 @@ from tqdm import tqdm
 import distil
 import heal_loop
 import lora
-import models
-import runs
-import sampling
-import texts
+from common import models
+from common import runs
+from common import sampling
+from common import texts
 from evaluate import evaluate, speak
 from heal_loop import aggregate, heal_round, heal_step, kl_per_token
-from readouts import ANSWER, BECAUSE, CLAUSES, LETTERS, OPTIONS
-from sampling import completion_states, logits, sample
+from common.readouts import ANSWER, BECAUSE, CLAUSES, LETTERS, OPTIONS
+from common.sampling import completion_states, logits, sample
 from steer import SteeringVector, band, chat_ids, extract_vector, left_pad, residual
 
 Key = Literal["sampling", "sampling_batch1", "sampling_ragged", "heal", "heal_history8",

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 import heal_loop
 import lora
-import models
-import runs
-import texts
+from common import models
+from common import runs
+from common import texts
 from evaluate import MIN_SHIFT, evaluate, shift
-from frontier import over_seeds
+from studies.frontier import over_seeds
 from steer import SteeringVector, band
 from studies.readout import markdown, ran_on
 

@@ -18,11 +18,11 @@ import torch
 from tqdm import tqdm
 
 import distil
-import models
-import runs
-import texts
+from common import models
+from common import runs
+from common import texts
 from evaluate import against_original
-from sampling import completion_states
+from common.sampling import completion_states
 from steer import SteeringVector, band, calibrate, chat_ids, extract_vector, left_pad
 from studies import gemma
 from studies.readout import markdown, ran_on

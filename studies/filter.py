@@ -7,7 +7,7 @@
 
     python -m studies.filter       # results/filter.md; about 2 min
 
-Thresholds and the signal are chosen on tests/data/labelled.jsonl and reported on fresh.jsonl beside
+Thresholds and the signal are chosen on data/labels/labelled.jsonl and reported on fresh.jsonl beside
 it, milder doses sampled later, which two readers labelled without knowledge of each other.
 """
 import math
@@ -22,16 +22,16 @@ from tqdm import tqdm
 
 import distil
 import lora
-import models
-import runs
-import texts
+from common import models
+from common import runs
+from common import texts
 from distil import Rules
-from sampling import perplexity, repetition, score, worst_perplexity
+from common.sampling import perplexity, repetition, score, worst_perplexity
 from steer import NEUTRAL
 from studies.readout import markdown, proportion, ran_on
 
-LABELLED = runs.HERE / "tests" / "data" / "labelled.jsonl"
-FRESH = runs.HERE / "tests" / "data" / "fresh.jsonl"
+LABELLED = runs.HERE / "data/labels" / "labelled.jsonl"
+FRESH = runs.HERE / "data/labels" / "fresh.jsonl"
 LABELS = ("fluent", "coherent", "enacts", "narrates")
 DEFAULT = Rules()
 BEFORE = Rules(min_words=8, max_repetition=0.2, min_diversity=0.7, max_perplexity=16)
@@ -223,8 +223,8 @@ def page(old: list[dict], fresh: list[dict], about: str) -> str:
 `python -m studies.filter` · {about}
 
 Old: {len(old)} steered completions of the embedded model ({by_trait}; at most 64 tokens, \
-`distil.sample_doses`) in tests/data/labelled.jsonl, read by one reader.
-Fresh: {len(fresh)} more, at milder doses, in tests/data/fresh.jsonl, read by two others (Cohen's \
+`distil.sample_doses`) in data/labels/labelled.jsonl, read by one reader.
+Fresh: {len(fresh)} more, at milder doses, in data/labels/fresh.jsonl, read by two others (Cohen's \
 kappa: {kappa}).
 All saw prompt and text but not dose, perplexity or verdict:
 

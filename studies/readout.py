@@ -27,14 +27,14 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import lora
-import models
-import runs
-import texts
+from common import models
+from common import runs
+from common import texts
 from evaluate import NATS, Estimate, Profile, delta
-from plot import GREEN, GREY, RED, show
-from readouts import Answers, cloze, steered_after_prompt, tinymfv
+from tools.plot import GREEN, GREY, RED, show
+from common.readouts import Answers, cloze, steered_after_prompt, tinymfv
 from steer import SteeringVector, band, extract_vector
-from texts import FOUNDATIONS
+from common.texts import FOUNDATIONS
 
 DOSES = (-4, -2, -1, 0, 1, 2, 4, 6, 8)
 COLOURS = ("#1f77b4", "#d95f02", "#7b3294")  # of the traits

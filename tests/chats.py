@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-import readouts
+from common import readouts
 from steer import NEUTRAL
 
 CORPUS = [NEUTRAL, readouts.OPTIONS, "Why is this wrong? This is wrong because it is. Answer: (A) (B)",

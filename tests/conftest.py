@@ -12,9 +12,9 @@ import transformers as t
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
-import models  # noqa: E402
-import runs  # noqa: E402
-import texts  # noqa: E402
+from common import models  # noqa: E402
+from common import runs  # noqa: E402
+from common import texts  # noqa: E402
 
 
 def pytest_configure(config):
@@ -116,9 +116,10 @@ def python(*args, **how):
 
 
 def command(monkeypatch, module, *argv):
-    """`python module.py argv` within this process."""
-    monkeypatch.setattr(sys, "argv", [f"{module}.py", *map(str, argv)])
-    runpy.run_path(str(ROOT / f"{module}.py"), run_name="__main__")
+    """`python module.py argv`, or `python -m tools.module argv`, within this process."""
+    [file] = [f for f in (ROOT / f"{module}.py", ROOT / f"tools/{module}.py") if f.exists()]
+    monkeypatch.setattr(sys, "argv", [file.name, *map(str, argv)])
+    runpy.run_path(str(file), run_name="__main__")
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,8 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import heal_loop  # noqa: E402
-import runs  # noqa: E402
-import texts  # noqa: E402
+from common import runs  # noqa: E402
+from common import texts  # noqa: E402
 
 FLAGS, WORK, texts.DATA = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
 WHOLE, ERRORS = WORK / "whole", WORK / "stderr"

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import lora
-import models
-import runs
-import texts
+from common import models
+from common import runs
+from common import texts
 from conftest import command, flags, python, tiny
 from steer import SteeringVector
 from test_export import student

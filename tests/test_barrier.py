@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 import lora
 from conftest import tiny
 from heal_loop import Config, aggregate, barrier_loss, heal_step, kl_per_token
-from sampling import completion_states, logits
+from common.sampling import completion_states, logits
 from test_lora import of_every_architecture, train_a_little
 
 pytestmark = pytest.mark.filterwarnings("ignore:LoRA reaches")  # of mixtral's experts

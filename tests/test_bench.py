@@ -9,13 +9,13 @@ import distil
 import evaluate
 import heal_loop
 import lora
-import models
+from common import models
 from conftest import Ids, tiny
-from readouts import CLAUSES, cloze
-from sampling import completion_states, sample
+from common.readouts import CLAUSES, cloze
+from common.sampling import completion_states, sample
 from steer import SteeringVector, chat_ids, extract_vector
 from studies import bench
-from texts import FOUNDATIONS, load_traits, load_vignettes
+from common.texts import FOUNDATIONS, load_traits, load_vignettes
 
 
 def rows(n=4):

@@ -5,12 +5,12 @@ import pytest
 import torch
 from rich.console import Console
 
-import chat
+from tools import chat
 import lora
-import models
-import runs
+from common import models
+from common import runs
 from conftest import command, python
-from sampling import sample
+from common.sampling import sample
 from steer import SteeringVector, chat_ids
 
 SHORT = ("--max-new-tokens", "6")
@@ -43,7 +43,7 @@ def answers(said):
 
 @pytest.mark.slow
 def test_a_pipe_gets_every_arms_answer_and_a_mistake_in_one_line(run):
-    said = python("chat.py", run, *SHORT, input="Hello.\n/dose much\nHello.\n")
+    said = python("-m", "tools.chat", run, *SHORT, input="Hello.\n/dose much\nHello.\n")
     assert said.returncode == 0
     first, nothing, again = answers(said.stdout)
     assert list(first) == ["base", "steered r1", "healed r1"] and all(first.values())

@@ -6,14 +6,14 @@ import torch
 from jinja2.exceptions import TemplateError
 
 import distil
-import readouts
+from common import readouts
 from chats import CHATS, tokenizer
 from conftest import tiny
 from distil import row_ids
-from readouts import CLAUSES, LETTERS, cloze, suffix_ids
-from sampling import end_of_turn, sample, stop_tokens
+from common.readouts import CLAUSES, LETTERS, cloze, suffix_ids
+from common.sampling import end_of_turn, sample, stop_tokens
 from steer import NEUTRAL, SteeringVector, chat_ids, chat_text, dated
-from texts import FOUNDATIONS
+from common.texts import FOUNDATIONS
 
 TURN = [{"role": "user", "content": "Hi."}]
 VIGNETTES = [{"id": str(k), "foundation": "Care", "text": text} for k, text in enumerate([

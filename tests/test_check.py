@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-import check
-import models
-import sampling
+from tools import check
+from common import models
+from common import sampling
 from conftest import Ids, tiny
 from steer import SteeringVector
 from test_steer import prompts, vector

@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 
 import heal_loop
-import readouts
-import texts
-from texts import FOUNDATIONS, load_vignettes
+from common import readouts
+from common import texts
+from common.texts import FOUNDATIONS, load_vignettes
 
 pytestmark = pytest.mark.usefixtures("all_texts")
 VIGNETTES = load_vignettes(texts.DATA / "vignettes.json")

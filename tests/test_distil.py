@@ -8,10 +8,10 @@ from hypothesis import assume, given, settings, strategies as st
 
 import distil
 import lora
-import runs
+from common import runs
 from conftest import tiny
 from distil import Rules, collect, judge, recites, row_ids, summary, verdict
-from sampling import perplexity, worst_perplexity, sample, score
+from common.sampling import perplexity, worst_perplexity, sample, score
 from steer import NEUTRAL, Persona, chat_ids
 from test_lora import of_every_architecture
 

@@ -8,9 +8,9 @@ import pytest
 
 import evaluate
 import heal_loop
-import readouts
-import runs
-import texts
+from common import readouts
+from common import runs
+from common import texts
 from conftest import ROOT
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

@@ -12,14 +12,14 @@ import torch
 import evaluate
 import heal_loop
 import lora
-import texts
+from common import texts
 from conftest import tiny
 from evaluate import (NATS, Profile, coh_cost, delta, largest_mover, matched_steering, paired,
                       surgicality)
-from readouts import Answers
-from sampling import repetition, sample
+from common.readouts import Answers
+from common.sampling import repetition, sample
 from steer import NEUTRAL, SteeringVector, chat_ids
-from texts import FOUNDATIONS
+from common.texts import FOUNDATIONS
 
 AUTHORITY = FOUNDATIONS.index("Authority")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import heal_loop
-import runs
-import sweep
+from common import runs
+from tools import sweep
 
 # ---- the arms -----------------------------------------------------------------------------------
 
@@ -212,7 +212,7 @@ def flags(model, folder):
 
 def swept(model, folder, *more):
     """The sweep in a process of its own, started elsewhere; -> the finished process."""
-    command = [sys.executable, runs.HERE / "sweep.py", *flags(model, folder), *more]
+    command = [sys.executable, "-m", "tools.sweep", *flags(model, folder), *more]
     folder.mkdir(exist_ok=True)
     return subprocess.run([str(word) for word in command], cwd=folder, capture_output=True,
                           text=True)

@@ -11,11 +11,11 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import export
+from tools import export
 import lora
-import models
-import plot
-import runs
+from common import models
+from tools import plot
+from common import runs
 from chats import tokenizer
 from conftest import ARCHITECTURES, ROOT, SMALL, command, tiny
 from steer import SteeringVector

@@ -5,8 +5,8 @@ import math
 import pytest
 import scipy.stats
 
-import frontier
-import runs
+from studies import frontier
+from common import runs
 from evaluate import NATS
 
 

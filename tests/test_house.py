@@ -66,7 +66,7 @@ def test_the_python_that_readme_shows_runs_as_it_stands(embedded, tmp_path, monk
     import torch
 
     import lora
-    import texts
+    from common import texts
     monkeypatch.chdir(tmp_path)
     model, tok = embedded
     ids = torch.tensor([tok("Good morning.").input_ids])

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import export
+from tools import export
 import lora
-import models
+from common import models
 from conftest import python
-from sampling import sample
+from common.sampling import sample
 from steer import Persona, band, chat_ids, chat_text, extract_vector
 
 HERE = Path(os.environ.get("LLAMA_CPP", "llama.cpp"))

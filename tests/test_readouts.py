@@ -8,13 +8,13 @@ import torch
 
 import evaluate
 import lora
-import readouts
-import texts
+from common import readouts
+from common import texts
 from conftest import tiny
 from evaluate import NATS
-from readouts import cloze, tinymfv
+from common.readouts import cloze, tinymfv
 from steer import NEUTRAL, SteeringVector, chat_ids
-from texts import FOUNDATIONS, load_vignettes
+from common.texts import FOUNDATIONS, load_vignettes
 
 has_package = any(map(importlib.util.find_spec, ("tinymfv", "moralmaps")))
 needs_package = pytest.mark.skipif(not has_package, reason="needs requirements-tinymfv.txt")

@@ -12,11 +12,11 @@ import torch
 import evaluate
 import heal_loop
 import lora
-import models
-import plot
-import runs
-import sampling
-import texts
+from common import models
+from tools import plot
+from common import runs
+from common import sampling
+from common import texts
 from conftest import ROOT, command, flags, python
 
 ROUND = {"adapter.safetensors", "events.jsonl", "kept.jsonl", "sampled.jsonl", "vector.safetensors"}
@@ -226,7 +226,8 @@ def test_a_default_run_opens_no_socket(tiny_folder, tmp_path):
 import socket, sys
 def refuse(*a, **k): raise AssertionError("a socket was opened")
 socket.socket.connect = refuse; socket.create_connection = refuse; socket.getaddrinfo = refuse
-import heal_loop, runs
+import heal_loop
+from common import runs
 sys.argv = ["heal_loop.py", *sys.argv[1:]]
 runs.cli(heal_loop.Config, heal_loop.main)
 """

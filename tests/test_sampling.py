@@ -8,7 +8,7 @@ from transformers import (AttentionMaskInterface, LogitsProcessorList, Temperatu
                           TopKLogitsWarper, TopPLogitsWarper)
 
 from conftest import ARCHITECTURES, Ids, tiny
-from sampling import next_token, perplexity, repetition, sample, score
+from common.sampling import next_token, perplexity, repetition, sample, score
 from steer import left_pad
 from test_steer import prompts, until_the_end, vector
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-import runs
+from common import runs
 from test_executors import flags, swept
 
 pytest.importorskip("submitit")
@@ -115,7 +115,7 @@ def test_a_killed_job_is_made_up_for_by_the_same_command_and_the_table_is_the_lo
     out, long = tmp_path / "cluster", ("--epochs", "20")
     how = (*long, "--executor", "slurm", "--hours", "1")
     out.mkdir()
-    command = [sys.executable, runs.HERE / "sweep.py", *flags(tiny_folder, out), *how]
+    command = [sys.executable, "-m", "tools.sweep", *flags(tiny_folder, out), *how]
     first = subprocess.Popen([str(word) for word in command], cwd=out, stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True)
     job = kill_when_under_way(out / "sweep" / "kl_rev_rmse_s0", first)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import lora
-import models
+from common import models
 import steer
 from conftest import ROOT, Ids, python, tiny
-from sampling import sample
+from common.sampling import sample
 from steer import (NEUTRAL, Persona, SteeringVector, band, calibrate, chat_ids, extract_vector,
                    left_pad)
 

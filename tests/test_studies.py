@@ -5,19 +5,19 @@ import numpy as np
 import pytest
 import torch
 
-import frontier
+from studies import frontier
 import lora
-import models
-import runs
-import texts
+from common import models
+from common import runs
+from common import texts
 from conftest import ROOT, command, python, tiny
 from distil import Rules
 from evaluate import Profile
-from readouts import cloze
+from common.readouts import cloze
 from steer import Persona, SteeringVector, calibrate
 from studies import aggregate, cause, doses, gemma, judge, paper, readout
 from studies import filter as filter_study
-from texts import FOUNDATIONS, load_vignettes
+from common.texts import FOUNDATIONS, load_vignettes
 
 FRESH = runs.read_jsonl(filter_study.FRESH)
 ROWS = runs.read_jsonl(filter_study.LABELLED)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 import evaluate
-import frontier
+from studies import frontier
 import heal_loop
 import lora
-import models
-import plot
-import runs
-import sweep
+from common import models
+from tools import plot
+from common import runs
+from tools import sweep
 
 SHARED = ("vector.safetensors", "sampled.jsonl", "kept.jsonl")  # of a round, all before its healing
 
@@ -138,7 +138,7 @@ def test_a_sweep_leaves_whole_run_folders_and_a_table(swept):
     lines = {line.split("|")[1].strip(): line for line in after_last.splitlines() if "|" in line}
     assert {"nll", "kl_rev_rmse"} <= set(lines) and "nan" not in said
     assert "steering alone, dose 2" in said and "persona prompt" in said
-    assert "`python sweep.py --reg nll kl_rev --agg rmse --seeds 0 1 --rounds 2 " in said
+    assert "`python -m tools.sweep --reg nll kl_rev --agg rmse --seeds 0 1 --rounds 2 " in said
     assert str(swept.cfg.out.parent) not in said
     assert lines["nll"].split("|", 2)[2] != lines["kl_rev_rmse"].split("|", 2)[2]
     shifts = []

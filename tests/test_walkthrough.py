@@ -7,7 +7,7 @@ import pytest
 
 from conftest import ROOT
 
-SCRIPT = (ROOT / "walkthrough.py").read_text()
+SCRIPT = (ROOT / "docs/walkthrough.py").read_text()
 SMALL_NUMBERS = {"N_CONTEXTS": "4", "N_KEEP": "6", "N_TOKENS": "10", "N_VIGNETTES": "14",
                  "RULES": "distil.Rules(max_repetition=1, min_diversity=0, max_perplexity=1e9)"}
 

@@ -36,7 +36,7 @@ import tyro
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 
 
 # ---- files --------------------------------------------------------------------------------------

@@ -21,9 +21,9 @@ import torch
 from einops import rearrange
 from tqdm import tqdm
 
-from sampling import completion_states, halving, logits, rows_at_once, score
+from common.sampling import completion_states, halving, logits, rows_at_once, score
 from steer import NEUTRAL, SteeringVector, chat_text
-from texts import FOUNDATIONS, tinymfv_package
+from common.texts import FOUNDATIONS, tinymfv_package
 
 CLAUSES = {"Care": " it is cruel and hurts someone",
            "Fairness": " it is unfair and dishonest",

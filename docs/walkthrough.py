@@ -29,11 +29,11 @@ import distil
 import evaluate
 import heal_loop
 import lora
-import models
-import texts
-from plot import GREEN, GREY, RED
-from readouts import probe
-from sampling import completion_states, logits, sample
+from common import models
+from common import texts
+from tools.plot import GREEN, GREY, RED
+from common.readouts import probe
+from common.sampling import completion_states, logits, sample
 from steer import NEUTRAL, band, chat_ids, extract_vector, mean_residual
 
 MODEL = models.EMBEDDED  # SmolLM2-135M-Instruct: 30 blocks, d_model 576

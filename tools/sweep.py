@@ -1,16 +1,16 @@
 """Compare arms: every combination of regulariser, aggregation, τ, ... × seed, a run folder each.
 
-    python sweep.py --reg nll kl_rev --agg mean rmse --tau 0.1 0.2 0.4 --seeds 0 1 2 --rounds 4
-    python sweep.py --reg nll --doses 0 1,2 2,4           # an arm a word: placebo; 1 and 2; 2 and 4
-    python sweep.py --executor local --gpus 0 1 2 3       # four runs at once, one GPU each
-    python sweep.py --executor slurm --partition gpu --model google/gemma-3-4b-it --readout tinymfv
+    python -m tools.sweep --reg nll kl_rev --agg mean rmse --tau 0.1 0.2 0.4 --seeds 0 1 2 --rounds 4
+    python -m tools.sweep --reg nll --doses 0 1,2 2,4           # an arm a word: placebo; 1 and 2; 2 and 4
+    python -m tools.sweep --executor local --gpus 0 1 2 3       # four runs at once, one GPU each
+    python -m tools.sweep --executor slurm --partition gpu --model google/gemma-3-4b-it --readout tinymfv
 
 Every flag of heal_loop.py works here too and holds for all arms. The same command goes on where it
 stopped: a finished run is not run again. Runs that differ only in how they heal share round 0 up to
 its healing: the first of them makes it, the others are forks of it.
 
 When all is run: a record of each run (its numbers, no texts) in results/runs/, and from these the
-table and its figure, which `python frontier.py results/runs/sweep` remakes without a model.
+table and its figure, which `python -m studies.frontier results/runs/sweep` remakes without a model.
 """
 import functools
 import itertools
@@ -28,12 +28,12 @@ import torch
 import tyro
 
 import evaluate
-import frontier
+from studies import frontier
 import heal_loop
 import lora
-import models
-import runs
-import texts
+from common import models
+from common import runs
+from common import texts
 from steer import band, extract_vector
 
 
@@ -201,7 +201,7 @@ def steer_alone(run: heal_loop.Config, doses: tuple[float, ...], loaded=None) ->
     tok.chat_date = date.fromisoformat(run.date)
     lora.attach(model)  # whose gates, shut, are the original
     try:
-        again = "python sweep.py, with the same flags"
+        again = "python -m tools.sweep, with the same flags"
         with runs.begin(run, "alone", again=again) as folder, lora.gates(model, history=0, live=0):
             measure = functools.partial(evaluate.measure, model, tok, reading,
                                         readout=run.readout, think_tokens=run.think_tokens)

@@ -1,6 +1,6 @@
 """Remake a run's table and pictures from its folder alone: trajectory.png, map.html, report.html.
 
-    python plot.py runs/20261123-040000_care_kl_rev_rmse_s0
+    python -m tools.plot runs/20261123-040000_care_kl_rev_rmse_s0
 
     Δ = after − base, paired per vignette or probe        coh_cost = |Δcoherence| / |Δtrait|
 """
@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from tabulate import tabulate
 
-import runs
+from common import runs
 from evaluate import (EQUAL, NATS, Estimate, Profile, coh_cost, delta, largest_mover,
                       surgicality)
 from steer import SteeringVector
-from texts import FOUNDATIONS
+from common.texts import FOUNDATIONS
 
 RED, GREEN, GREY = "#c0392b", "#1e8449", "#555555"
 COLOUR = {"base": GREY, "steered": RED, "healed": GREEN}

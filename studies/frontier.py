@@ -1,6 +1,6 @@
 """Many runs on one page: what each arm costs, round by round and at equal trait; its figure.
 
-    python frontier.py results/runs/sweep        # from the records of a sweep, without a model
+    python -m studies.frontier results/runs/sweep        # from the records of a sweep, without a model
 
     moved       the trait's number − the base's, in the trait's own direction               (nats)
     cost at L   where an arm first moved L nats, on the straight line between the two rounds
@@ -24,7 +24,7 @@ import tyro
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-import runs
+from common import runs
 from evaluate import COHERENCE_FLOOR, MIN_SHIFT, NATS
 
 LEVELS = (1, 2, 3, 5)  # nats of the trait, at which arms are compared
@@ -413,7 +413,7 @@ def page(records: list[Record], picture: str = "arms.png") -> str:
     alone = of_steering(records)
     one = next(iter(arms.values()))[0]
     axis, direction = one.base["axis"], one.base["direction"]
-    commands = list(dict.fromkeys(f"`python sweep.py {r.config['command']}`" for r in records))
+    commands = list(dict.fromkeys(f"`python -m tools.sweep {r.config['command']}`" for r in records))
 
     last = table(last_rows(arms), ["arm", "seeds", "moved (nats)", "Δcoherence", "coh_cost",
                                    "off target (nats)", "peak moved", "Δcoherence there",

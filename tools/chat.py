@@ -1,7 +1,7 @@
 """Talk to a run: its base, its steered and its healed model answer next to each other.
 
-    python chat.py runs/X                                  # type; /help says what else can be typed
-    echo "Do you love humanity?" | python chat.py runs/X   # in a pipe one answer after the other
+    python -m tools.chat runs/X                                  # type; /help says what else can be typed
+    echo "Do you love humanity?" | python -m tools.chat runs/X   # in a pipe one answer after the other
 
     base        y = W x                                    the original, bit for bit
     steered r   the student that round r began with, + dose · v_r from the assistant tag on
@@ -28,9 +28,9 @@ from rich.text import Text
 
 import heal_loop
 import lora
-import models
-import runs
-from sampling import next_token, stop_tokens
+from common import models
+from common import runs
+from common.sampling import next_token, stop_tokens
 from steer import NEUTRAL, SteeringVector, chat_ids, check_room
 
 HELP = ("/dose 0.5 (healed's history gate and the vector's dose), /round 1, /seed 3, "

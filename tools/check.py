@@ -1,8 +1,8 @@
 """Does this code tell the truth about this model? Each check, with its largest error.
 
-    python check.py --model google/gemma-3-4b-it       # every check; exit status 1 where one fails
-    python check.py --all                              # tiny random models of many architectures
-    python check.py --all --table docs/models.md       # and their table, written into that page
+    python -m tools.check --model google/gemma-3-4b-it       # every check; exit status 1 where one fails
+    python -m tools.check --all                              # tiny random models of many architectures
+    python -m tools.check --all --table docs/models.md       # and their table, written into that page
 
 Ours against the model's own forward, without a cache, one row at a time:
 
@@ -28,11 +28,11 @@ import torch.nn.functional as F
 import transformers
 
 import lora
-import models
-import runs
-from sampling import RoomyLayer, completion_states, logits, prefill
+from common import models
+from common import runs
+from common.sampling import RoomyLayer, completion_states, logits, prefill
 
-ARCHITECTURES = Path(__file__).parent / "tests/data/architectures.json"
+ARCHITECTURES = Path(__file__).parent.parent / "data/architectures.json"
 # sixteen bits round a logit near 32 by 0.1: there the checks see wrong mechanisms only
 LIMITS = {torch.float64: dict(nats=1e-4, relative=1e-4),
           torch.float32: dict(nats=1e-2, relative=1e-2),
@@ -213,7 +213,7 @@ def quick(model, name: str) -> None:
     for check in failed(errors, model.dtype):
         raise ValueError(f"model '{name}' fails the check '{check}': {errors[check]:.2g} nats off "
                          "its own forward, so no number could be trusted; "
-                         f"fix: `python check.py --model {name}` shows all checks; another model")
+                         f"fix: `python -m tools.check --model {name}` shows all checks; another model")
 
 
 def past_the_window(model) -> int:
@@ -290,7 +290,7 @@ def all_architectures(only: tuple[str, ...] = ()) -> tuple[list[str], int]:
     return lines, surprises
 
 
-MARK = "<!-- python check.py --all --table docs/models.md writes what follows -->"
+MARK = "<!-- python -m tools.check --all --table docs/models.md writes what follows -->"
 
 
 @dataclass
@@ -311,7 +311,7 @@ def main(cfg: Config) -> None:
             before = cfg.table.read_text().partition(MARK)[0]
             runs.write_text(cfg.table, before + MARK + "\n\n" + "\n".join(lines) + "\n")
         if surprises:
-            raise ValueError(f"{surprises} architectures are not as tests/data expects; "
+            raise ValueError(f"{surprises} architectures are not as data/architectures.json expects; "
                              "fix: see the lines above")
         return
     model, _ = models.load(cfg.model, cfg.device, cfg.dtype)

@@ -1,8 +1,8 @@
 """Write the healed student of a run, or its steering vector, in a format that other tools read.
 
-    python export.py runs/X --to peft --out adapter               # one LoRA: PEFT, vLLM, llama.cpp
-    python export.py runs/X --to merged --out model --dose 0.5    # a plain Hugging Face checkpoint
-    python export.py runs/X --to gguf --out care.gguf --round 0   # a control vector for llama.cpp
+    python -m tools.export runs/X --to peft --out adapter               # one LoRA: PEFT, vLLM, llama.cpp
+    python -m tools.export runs/X --to merged --out model --dose 0.5    # a plain Hugging Face checkpoint
+    python -m tools.export runs/X --to gguf --out care.gguf --round 0   # a control vector for llama.cpp
 
     exported weight = W + dose · s Σ_i B_i A_i over the rounds i
 
@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 from transformers.utils import cached_file
 
 import lora
-import models
-import plot
-import runs
+from common import models
+from tools import plot
+from common import runs
 from heal_loop import Config as RunConfig
 from steer import SteeringVector, chat_ids
 

@@ -1,0 +1,1 @@
+"""What the method stands on: models, prompts, sampling, readouts, texts, run folders."""

@@ -1,0 +1,1 @@
+"""How good the instruments are, and what many runs say: python -m studies.paper."""
