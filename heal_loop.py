@@ -18,7 +18,6 @@ for bit), measure, and go round again.
 import functools
 import math
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import Literal
 
@@ -26,15 +25,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from tools import check
 import distil
 import evaluate
 import lora
-from common import models
-from common import runs
-from common import texts
+from common import checks, models, prompts, runs, texts
 from common.sampling import completion_states, logits, score
-from steer import SteeringVector, band, calibrate, chat_ids, extract_vector
+from steer import SteeringVector, band, calibrate, extract_vector, mean_residual
 
 
 @dataclass
@@ -45,19 +41,21 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bf16 where native
     seed: runs.Seed = 0  # of everything that is drawn
     rounds: runs.AtLeast1 = 3  # how often the loop goes round
-    date: runs.Day = models.DATE  # what chat templates print as today's
+    date: runs.Day = prompts.DATE  # what chat templates print as today's
     # 1. steer
-    trait: str = "care"  # name of a trait in data/personas.json
+    trait: str = "care"  # a trait of data/traits, or a file such as my.json
     pos: str | None = None  # system prompt of the trait, instead of --trait
     neg: str | None = None  # system prompt of its opposite
     n_contexts: runs.AtLeast1 = 128  # contexts the vector is averaged over
     steer_layers: runs.DepthRange = (0.45, 0.55)  # depth range that is steered, as fractions
     # 2. distil
-    prompts: Path | None = None  # JSON of prompts to sample on and to ask; default: the trait's
+    teacher: Literal["steered", "prompted"] = "steered"  # by the vector, or by the persona prompt
     doses: runs.Doses | None = None  # of the sampled completions; default: the trait's own
     dose_nats: runs.DoseNats | None = None  # instead of --doses, each round: see steer.calibrate
     n_keep: runs.AtLeast2 = 48  # completions to keep
     max_new_tokens: runs.AtLeast1 = 64  # longest completion, in tokens
+    top_k: runs.WholeFrom0 = 64  # sample from the k most probable tokens; 0: from all
+    top_p: runs.Above0To1 = 0.95  # and from the fewest that have this probability; 1: from all
     min_words: runs.WholeFrom0 = 8  # completions with fewer words teach nothing
     max_repetition: runs.Above0To1 = 0.2  # largest share of repeated n-grams (sampling.repetition)
     min_diversity: runs.ZeroTo1 = 0.7  # smallest share of distinct words in any run of 16
@@ -66,10 +64,11 @@ class Config:
     rank: runs.AtLeast1 = 16  # of each round's LoRA
     alpha: runs.Above0 = 32.0  # the LoRA's scale is alpha / rank
     lora_layers: runs.DepthRange = (0.2, 0.8)  # depth range that is adapted, as fractions
+    merge: bool = True  # keep a merged copy of the adapted weights: faster, more memory
+    targets: Literal["samples", "soft"] = "samples"  # CE, or KL(teacher ‖ student) per token
     reg: Literal["nll", "kl_fwd", "kl_rev", "wd"] = "kl_rev"  # D, or none, or weight decay
     agg: Literal["mean", "rmse", "p95", "max"] = "rmse"  # how per-position KL becomes D
     lam: runs.From0 = 2.0  # λ, the barrier's weight
-    lam_power: runs.Finite = 0.0  # round r has λ · (1 + r)^power
     tau: runs.From0 = 0.8  # τ in nats: the barrier acts where D exceeds it
     ref: Literal["base", "prev", "good"] = "base"  # D from: original, last, or last fluent student
     weight_decay: runs.From0 = 100.0  # under --reg wd; a step shrinks the adapter by lr · decay
@@ -78,10 +77,9 @@ class Config:
     batch_size: runs.AtLeast1 = 8  # completions per step
     # 5. measure
     readout: Literal["cloze", "tinymfv", "probe"] | None = None  # default: the trait's own
-    probes: Path | None = None  # JSON of probes, for --readout probe; default: the trait's own
     think_tokens: runs.AtLeast1 = 64  # tinymfv's thinking before it answers
     vignettes: Path = texts.DATA / "vignettes.json"  # or tinymfv:classic
-    n_vignettes: int = 0  # how many, balanced over the foundations; 0 is all
+    n_vignettes: int = 70  # how many, balanced over the foundations; 0 is all
     baselines: bool = True  # also the persona as a prompt, and steering alone at equal trait
     # the run folder
     out: Path | None = None  # new or empty; default runs/<time>_<trait>_<reg>_<agg>_s<seed>
@@ -91,8 +89,8 @@ class Config:
 
 
 # what a fork may change
-HEALING = ("rank", "alpha", "lora_layers", "reg", "agg", "lam", "lam_power", "tau", "ref",
-           "weight_decay", "lr", "epochs", "batch_size", "rounds", "baselines")
+HEALING = ("rank", "alpha", "lora_layers", "merge", "targets", "reg", "agg", "lam", "tau",
+           "ref", "weight_decay", "lr", "epochs", "batch_size", "rounds", "baselines")
 
 
 # ---- the barrier ---------------------------------------------------------------------------------
@@ -115,37 +113,46 @@ def aggregate(kl: torch.Tensor, agg: str, eps: float = 1e-8) -> torch.Tensor:
 
 
 def barrier_loss(logp, logq, targets, reg: str = "kl_rev", agg: str = "rmse", tau: float = 0.8):
-    """One completion under the barrier -> CE_t [tokens], D and relu(D − τ), all in nats.
+    """One completion under the barrier -> loss_t [tokens], D and relu(D − τ), all in nats.
 
-    logp, logq: float32 log-probabilities of student and original [tokens, vocab]; targets [tokens].
-    Under nll and wd D is measured all the same, as kl_rev's, and acts on nothing.
+    logp, logq: float32 log-probabilities of student and original [tokens, vocab]. targets: token
+    ids [tokens], or as soft targets the teacher's log-probabilities [tokens, vocab].
+    Under nll and wd D is measured all the same, as kl_rev's, and has no gradient.
     """
-    ce = -logp.gather(1, targets[:, None])[:, 0]
+    if targets.is_floating_point():
+        loss = kl_per_token(targets, logp)
+    else:
+        loss = -logp.gather(1, targets[:, None])[:, 0]
     kl = kl_per_token(logq, logp) if reg == "kl_fwd" else kl_per_token(logp, logq)
-    D = aggregate(kl if reg.startswith("kl") else kl.detach(), agg)  # nll, wd: measured, no force
-    return ce, D, F.relu(D - tau)
+    D = aggregate(kl if reg.startswith("kl") else kl.detach(), agg)
+    return loss, D, F.relu(D - tau)
 
 
-def heal_step(model, prompts, completions, references, cfg: Config, diagnose: bool = False) -> dict:
+def heal_step(model, batch: dict, cfg: Config, diagnose: bool = False) -> dict:
     """Forward, barrier and backward of one batch; gradients stay in the live factors. -> its log.
 
-    references: per completion the reference's final hidden states [tokens, d_model].
-    diagnose: also log |∂barrier/∂hidden| / |∂CE/∂hidden|.
+    batch: prompts, completions, and per completion the final hidden states [tokens, d_model] of
+    the reference and, for soft targets, of the teacher.
+    diagnose: also log |∂barrier/∂hidden| / |∂data/∂hidden|.
     """
-    lengths = [len(c) for c in completions]
+    def log_probabilities(h):
+        return logits(model, h).float().log_softmax(-1)  # [tokens, vocab]
+    n_tokens, n = sum(map(len, batch["completions"])), len(batch["completions"])
     lam = cfg.lam if cfg.reg.startswith("kl") else 0.0
     # 1. the student's hidden states, one pass for the batch; the graph is cut at the leaf
-    hidden = completion_states(model, prompts, completions)  # [Σ tokens, d_model]
+    hidden = completion_states(model, batch["prompts"], batch["completions"])  # [Σ tokens, d_model]
     leaf = hidden.detach().requires_grad_()
     losses, Ds, from_barrier = [], [], torch.zeros_like(leaf)
     # 2. one completion at a time, so that memory holds the logits of one; gradients onto the leaf
-    for h, completion, h_ref in zip(leaf.split(lengths), completions, references):
-        logp = logits(model, h).float().log_softmax(-1)  # [tokens, vocab]
+    parts = leaf.split(list(map(len, batch["completions"])))
+    for k, h in enumerate(parts):
         with torch.no_grad():
-            logq = logits(model, h_ref).float().log_softmax(-1)
-        targets = torch.tensor(completion, device=h.device)
-        ce, D, over = barrier_loss(logp, logq, targets, cfg.reg, cfg.agg, cfg.tau)
-        data, barrier = ce.sum() / sum(lengths), lam * over / len(lengths)  # shares of the batch
+            logq = log_probabilities(batch["reference"][k])
+            targets = torch.tensor(batch["completions"][k], device=h.device)
+            if batch["teacher"]:
+                targets = log_probabilities(batch["teacher"][k])
+        loss, D, over = barrier_loss(log_probabilities(h), logq, targets, cfg.reg, cfg.agg, cfg.tau)
+        data, barrier = loss.sum() / n_tokens, lam * over / n  # shares of the batch
         if diagnose and barrier.requires_grad:
             from_barrier += torch.autograd.grad(barrier, leaf, retain_graph=True)[0]
         (data + barrier).backward()
@@ -176,28 +183,41 @@ def warmup_and_cosine(steps: int):
     return lambda t: min((t + 1) / warmup, 0.5 * (1 + math.cos(math.pi * t / steps)))
 
 
-def heal_round(model, tok, kept: list[dict], cfg: Config, seed: int,
-               reference: list[float] = ()) -> dict:
+@torch.no_grad()
+def teacher_states(model, chat, rows: list[dict], completions, cfg: Config, vector, pos: str):
+    """Final hidden states of the teacher that sampled these rows, [Σ tokens, d_model]."""
+    asked = [chat.ids(row["messages"][1]["content"], pos if cfg.teacher == "prompted"
+                      else prompts.NEUTRAL) for row in rows]
+    doses = torch.tensor([row["dose"] for row in rows])
+    with lora.gates(model, history=1, live=0):
+        return completion_states(model, asked, completions, vector, doses)
+
+
+def heal_round(model, chat, kept: list[dict], cfg: Config, seed: int,
+               reference: list[float] = (), vector=None, pos: str = "") -> dict:
     """Train the live adapter on the kept data under the barrier; -> the round's log.
 
     reference: history gates of the model that D is measured from, one per folded round; all 0 is
-    the original. Raises Diverged where a loss or gradient is not finite.
+    the original. vector, pos: of the teacher, for soft targets.
+    Raises Diverged where a loss or gradient is not finite.
     """
     # 1. an eighth is held out, the rest is batched: equal prompts share a batch, and are run once
-    pairs = [distil.row_ids(tok, row) for row in kept]  # (prompt ids, completion ids)
-    n_held = max(1, len(pairs) // 8)
-    held = list(zip(*pairs[:n_held]))  # [all prompts, all completions]
-    train = sorted(pairs[n_held:], key=lambda pair: (len(pair[0]), pair))
-    batches = [list(zip(*train[i:i + cfg.batch_size]))  # the same of each batch
-               for i in range(0, len(train), cfg.batch_size)]
-
-    # 2. the reference's hidden states, once: a round leaves it as it is. All gates 0: the original;
-    # merged: a student as the reference is rounded like the one in training
-    references = []
-    with torch.no_grad(), lora.merged(model), lora.gates(model, history=reference or 0, live=0):
-        for prompts, completions in batches:
-            states = completion_states(model, prompts, completions)
-            references.append(states.split([len(c) for c in completions]))
+    rows = [(*distil.row_ids(chat, row), row) for row in kept]  # prompt ids, completion ids, row
+    n_held = max(1, len(rows) // 8)
+    held_prompts, held_completions, _ = zip(*rows[:n_held])
+    train = sorted(rows[n_held:], key=lambda row: (len(row[0]), row[:2]))
+    batches = []
+    for i in range(0, len(train), cfg.batch_size):
+        asked, completions, of = map(list, zip(*train[i:i + cfg.batch_size]))
+        lengths = [len(c) for c in completions]
+        # 2. the reference's hidden states, and the teacher's, once: a round leaves both as they are
+        with torch.no_grad(), lora.gates(model, history=reference or 0, live=0):
+            states = completion_states(model, asked, completions)
+        soft = None
+        if cfg.targets == "soft":
+            soft = teacher_states(model, chat, of, completions, cfg, vector, pos).split(lengths)
+        batches.append({"prompts": asked, "completions": completions,
+                        "reference": states.split(lengths), "teacher": soft})
 
     # 3. a fresh adapter, AdamW, warm-up and a cosine to 0
     torch.manual_seed(seed)
@@ -209,31 +229,30 @@ def heal_round(model, tok, kept: list[dict], cfg: Config, seed: int,
     steps = cfg.epochs * len(batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_cosine(steps))
 
-    # 4. train; the first batch of an epoch is looked at more closely
-    log = []
-    with lora.merged(model), tqdm(total=steps, desc="heal", leave=False, disable=None) as bar:
-        before = -torch.cat(score(model, *held)).mean().item()  # CE per token, nats
-        for epoch in range(cfg.epochs):
-            generator = torch.Generator().manual_seed(seed + epoch)
-            for k, b in enumerate(torch.randperm(len(batches), generator=generator).tolist()):
-                stats = heal_step(model, *batches[b], references[b], cfg, diagnose=k == 0)
-                stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-                if not all(map(math.isfinite, stats.values())):
-                    said = tok.decode(batches[b][1][0])[:60]
-                    raise Diverged(f"loss or gradient not finite at step {len(log) + 1} of "
-                                   f"{steps}, {stats}, on '{said}'; "
-                                   "fix: lower --lr or --dtype float32")
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad(set_to_none=True)
-                log.append(stats)
-                bar.update()
-        after = -torch.cat(score(model, *held)).mean().item()
+    # 4. train; of the first batch of an epoch the gradients of both terms are compared
+    log, order = [], torch.Generator()
+    with lora.gates(model, history=1, live=1):
+        before = -torch.cat(score(model, held_prompts, held_completions)).mean().item()  # CE, nats
+        for step in tqdm(range(steps), "heal", leave=False, disable=None):
+            epoch, k = divmod(step, len(batches))
+            if k == 0:
+                shuffled = torch.randperm(len(batches), generator=order.manual_seed(seed + epoch))
+            batch = batches[shuffled[k]]
+            stats = heal_step(model, batch, cfg, diagnose=k == 0)
+            stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+            if not all(map(math.isfinite, stats.values())):
+                raise Diverged(f"loss or gradient not finite at step {step + 1} of {steps}, {stats}, on "
+                               f"'{chat.decode(batch['completions'][0])[:60]}'; "
+                               "fix: lower --lr or --dtype float32")
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            log.append(stats)
+        after = -torch.cat(score(model, held_prompts, held_completions)).mean().item()
 
     # 5. the last epoch, which saw every completion once, is the round's summary
     last = log[-len(batches):]
-    mean = {key: sum(stats[key] for stats in last) / len(last) for key in last[0]
-            if key != "grad_ratio"}
+    mean = {key: sum(stats[key] for stats in last) / len(last) for key in last[1 % len(last)]}
     return {**mean, "grad_ratio": last[0]["grad_ratio"], "steps": steps, "held_out_before": before,
             "held_out_after": after, "log": log}
 
@@ -241,106 +260,98 @@ def heal_round(model, tok, kept: list[dict], cfg: Config, seed: int,
 # ---- the loop ------------------------------------------------------------------------------------
 
 
-def main(cfg: Config, loaded=None) -> Path:
-    """A run from flags to pictures; -> its folder. loaded: (model, tokenizer), if at hand."""
-    from tools import plot
-    if cfg.reg == "wd" and cfg.lr * cfg.weight_decay >= 1:
-        raise ValueError(f"--weight-decay {cfg.weight_decay} is out of range; fix: below 1 / lr")
-    if cfg.resume and cfg.fork:
-        raise ValueError("--resume and --fork exclude each other; fix: give one of them")
-    if cfg.at and not cfg.fork:
-        raise ValueError(f"--at {cfg.at} says where a fork begins; fix: --fork RUN")
-    if cfg.doses and cfg.dose_nats:
-        raise ValueError("--doses and --dose-nats exclude each other; fix: give one of them")
-    # what it reads comes first: a mistake there is told before a folder appears
-    cfg = texts.complete(cfg)
-    reading = texts.read(cfg)
-    if not loaded:
-        models.find_source(cfg.model)
-    with runs.begin(cfg, f"{cfg.trait}_{cfg.reg}_{cfg.agg}_s{cfg.seed}", HEALING) as run:
-        print(f"{cfg.model}: {cfg.trait}, {cfg.reg} {cfg.agg}, λ {cfg.lam:g}, τ {cfg.tau:g}, "
-              f"{cfg.rounds} rounds, seed {cfg.seed} -> {run.folder}", flush=True)
-        model, tok = loaded or models.load(cfg.model, cfg.device, cfg.dtype)
-        tok.chat_date = date.fromisoformat(cfg.date)
-        check.quick(model, cfg.model)  # raises where a cheap check fails
-        lora.attach(model, cfg.rank, cfg.alpha, cfg.lora_layers)
-        lora.load(model, [run.folder / f"round_{r}/adapter.safetensors"
-                          for r in range(run.rounds_done)])
-        # rows at once, and whether history is merged: both round numbers, so once for a whole run
-        longest = max(len(chat_ids(tok, prompt)) for prompt in reading.dilemmas)
-        fits = run.find("memory", -1) or run.record(
-            "memory", -1, **models.fit_memory(model, longest + cfg.max_new_tokens))
-        model.sample_rows, model.lora_merge = fits["rows"], fits["merge"]
-        try:
-            loop(cfg, run, model, tok, reading)
-        except runs.Ended:
-            plot.draw(run.folder)
-            raise
-        plot.main(plot.Config(run.folder))
-    return run.folder
-
-
-def loop(cfg: Config, run: runs.Run, model, tok, reading: texts.Texts) -> None:
-    """Round after round on a model that carries the finished ones; all numbers go on record."""
-    persona, contexts, layers = reading.persona, reading.contexts, band(model, cfg.steer_layers)
+def make_data(cfg: Config, model, chat, reading: texts.Texts, r: int, folder: Path) -> tuple:
+    """Steer and distil: -> round r's vector, its doses, the kept rows and all sampled ones."""
+    # 1. steer; a prompted teacher has the persona in its prompt and no vector
+    pos, neg = prompts.persona_prompts(chat, reading.pos, reading.neg, reading.contexts)
+    vector = extract_vector(model, pos, neg, band(model, cfg.steer_layers),
+                            metadata={"pos": reading.pos, "neg": reading.neg})
+    vector.save(folder / "vector.safetensors")
+    train = [chat.ids(prompt) for prompt in reading.train[:16]]
+    doses = cfg.doses or [calibrate(model, vector, train, nats) for nats in cfg.dose_nats]
+    teacher = dict(vector=vector, doses=doses)
+    if cfg.teacher == "prompted":
+        teacher = dict(vector=None, doses=[0.0], system=reading.pos)
+    # 2. distil
     rules = distil.Rules(cfg.min_words, cfg.max_repetition, cfg.min_diversity, cfg.max_perplexity)
-    measure = functools.partial(evaluate.measure, model, tok, reading, readout=cfg.readout,
-                                think_tokens=cfg.think_tokens)
+    kept, sampled = distil.collect(
+        model, chat, prompts=reading.train, personas=(reading.pos, reading.neg), rules=rules,
+        n_keep=cfg.n_keep, seed=runs.stage_seed(cfg.seed, r, "sample"), folder=folder,
+        max_new_tokens=cfg.max_new_tokens, top_k=cfg.top_k, top_p=cfg.top_p, **teacher)
+    return vector, teacher, kept, sampled
 
+
+def loop(cfg: Config, run: runs.Run, model, chat, reading: texts.Texts) -> None:
+    """Round after round on a model that carries the finished ones; all numbers go on record."""
+    measure = functools.partial(evaluate.measure, model, chat, reading, readout=cfg.readout,
+                                think_tokens=cfg.think_tokens)
     # 0. the original, and the persona as its system prompt
     with lora.gates(model, history=0, live=0):
         event = run.find("base", -1) or run.record("base", -1, **measure("base"))
         base = evaluate.Profile.from_dict(event["profile"])
         measure = functools.partial(measure, constants=base.constants)
         if cfg.baselines and not run.find("prompted", -1):
-            run.record("prompted", -1, **measure("prompted", system=persona.pos))
+            run.record("prompted", -1, **measure("prompted", system=reading.pos))
 
     for r in range(run.rounds_done, cfg.rounds):
         if r and run.find("healed", r - 1)["coherence"] < evaluate.COHERENCE_FLOOR:
             if not run.find("ended", r - 1):
                 run.record("ended", r - 1, why=f"coherence fell below {evaluate.COHERENCE_FLOOR}")
             break
-        with run.new_round(r) as folder:  # renamed to round_r, for good, once the block ends well
+        # the folder is renamed to round_r, for good, once the block ends well
+        with run.new_round(r) as folder, lora.gates(model, history=1, live=0):
             if run.find("steered", r):  # --fork brought this round's vector and data
                 vector = SteeringVector.load(folder / "vector.safetensors")
                 kept = runs.read_jsonl(folder / "kept.jsonl")
             else:
-                with lora.merged(model), lora.gates(model, history=1, live=0):
-                    # 1. steer
-                    vector = extract_vector(model, tok, persona, contexts, layers)
-                    vector.save(folder / "vector.safetensors")
-                    doses = cfg.doses or [
-                        calibrate(model, tok, vector, reading.dilemmas[:16], nats)
-                        for nats in cfg.dose_nats]
-                    run.record("extract", r, doses=doses)
-                    # 2. distil
-                    kept, sampled = distil.collect(
-                        model, tok, vector, reading.dilemmas, persona, rules, doses, cfg.n_keep,
-                        runs.stage_seed(cfg.seed, r, "sample"), folder,
-                        max_new_tokens=cfg.max_new_tokens)
-                    dose = run.record("distil", r, **distil.summary(kept, sampled))["dose"]
-                    run.record("steered", r, **measure(f"steered r{r}", vector=vector, dose=dose))
+                # 1. steer, 2. distil
+                vector, teacher, kept, sampled = make_data(cfg, model, chat, reading, r, folder)
+                numbers = distil.summary(kept, sampled)
+                run.record("distil", r, doses=teacher.pop("doses"), **numbers)
+                run.record("steered", r, **measure(f"{cfg.teacher} r{r}", dose=numbers["dose"],
+                                                   **teacher))
             # 3. heal
             reference = reference_gates(cfg.ref, run, r)
-            now = replace(cfg, lam=cfg.lam * (1 + r) ** cfg.lam_power)
-            log = heal_round(model, tok, kept, now, runs.stage_seed(cfg.seed, r, "heal"), reference)
+            log = heal_round(model, chat, kept, cfg, runs.stage_seed(cfg.seed, r, "heal"),
+                             reference, vector, reading.pos)
+            run.record("heal", r, **log, reference=reference)
             # 4. loop: the live adapter joins the frozen history
             lora.fold(model)
             lora.save(model, folder / "adapter.safetensors")
             # 5. measure
-            moved = evaluate.internalised(model, tok, contexts[:64], vector)
-            run.record("heal", r, **log, reference=reference, internalised=moved)
-            with lora.merged(model), lora.gates(model, history=1, live=0):
-                run.record("healed", r, **measure(f"healed r{r}"))
+            run.record("healed", r, **measure(f"healed r{r}"))
 
     # 6. steering alone, nothing trained, at the dose that moves the trait as far as the student
-    if cfg.baselines and not run.find("matched", cfg.rounds):
+    if cfg.baselines and run.rounds_done and not run.find("matched", cfg.rounds):
         v0 = SteeringVector.load(run.folder / "round_0/vector.safetensors")
-        wanted = run.find("healed", run.rounds_done - 1)[base.axis]
-        dose, reached = run.find("distil", 0)["dose"], run.find("steered", 0)[base.axis]
+        last = evaluate.Profile.from_dict(run.find("healed", run.rounds_done - 1)["profile"])
         with lora.gates(model, history=0, live=0):
-            event = evaluate.matched_steering(measure, v0, base, wanted, dose, reached)
-        run.record("matched", cfg.rounds, **event)
+            dose = matched_dose(model, chat, reading, cfg, base, last, v0,
+                                run.find("distil", 0)["dose"])
+            run.record("matched", cfg.rounds, dose=dose, wanted=last.trait,
+                       **measure(f"dose {dose:.2f}", vector=v0, dose=dose))
+
+
+def matched_dose(model, chat, reading: texts.Texts, cfg: Config, base: evaluate.Profile,
+                 last: evaluate.Profile, vector: SteeringVector, dose: float) -> float:
+    """The dose at which `vector` alone moves the trait as far as the last student, by secant steps.
+
+    Looked for on the first 28 vignettes, which are balanced too; a dose to begin with is given.
+    """
+    few, n = replace(reading, vignettes=reading.vignettes[:28], controls=[]), 28
+    start, wanted = (replace(p, p=p.p[:n]).trait for p in (base, last))
+    thinking = {"think_tokens": cfg.think_tokens} if cfg.readout == "tinymfv" else {}
+    known = [(0.0, start)]
+    for _ in range(5):
+        reached = evaluate.evaluate(model, chat, few, cfg.readout, base.constants, vector=vector,
+                                    dose=dose, **thinking).trait
+        known = sorted([*known, (dose, reached)], key=lambda point: abs(point[1] - wanted))
+        (d1, a1), (d2, a2) = known[:2]  # a line through the two nearest points
+        if abs(a1 - wanted) < 0.05 or a1 == a2:
+            break
+        dose = d1 + (wanted - a1) * (d2 - d1) / (a2 - a1)
+        dose = min(max(dose, 0.0), 2 * max(d for d, _ in known))
+    return known[0][0]
 
 
 def reference_gates(ref: str, run: runs.Run, r: int) -> list[float]:
@@ -351,6 +362,29 @@ def reference_gates(ref: str, run: runs.Run, r: int) -> list[float]:
         good = [k + 1 for k in range(r) if run.find("healed", k)["perplexity"] <= limit]
         n = max(good, default=0)
     return [1.0] * n + [0.0] * (r - n)
+
+
+def main(cfg: Config, loaded=None) -> Path:
+    """A run from flags to pictures; -> its folder. loaded: (model, chat), if at hand."""
+    from tools import plot
+    if cfg.reg == "wd" and cfg.lr * cfg.weight_decay >= 1:
+        raise ValueError(f"--weight-decay {cfg.weight_decay} is out of range; fix: below 1 / lr")
+    cfg = texts.complete(cfg)
+    reading = texts.read(cfg)  # a mistake in what it reads is reported before a folder appears
+    with runs.begin(cfg, f"{cfg.trait}_{cfg.reg}_{cfg.agg}_s{cfg.seed}", HEALING) as run:
+        print(f"{cfg.model}: {cfg.trait}, {cfg.reg} {cfg.agg}, λ {cfg.lam:g}, τ {cfg.tau:g}, "
+              f"{cfg.rounds} rounds, seed {cfg.seed} -> {run.folder}", flush=True)
+        model, chat = loaded or checks.load(cfg.model, cfg.device, cfg.dtype, cfg.date)
+        lora.attach(model, cfg.rank, cfg.alpha, cfg.lora_layers, merge=cfg.merge)
+        lora.load(model, [run.folder / f"round_{r}/adapter.safetensors"
+                          for r in range(run.rounds_done)])
+        try:
+            loop(cfg, run, model, chat, reading)
+        except runs.Ended:
+            plot.draw(run.folder)
+            raise
+        plot.main(plot.Config(run.folder))
+    return run.folder
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""LoRA whose finished rounds are frozen into a gated history. Torch, safetensors: copy this file.
+"""LoRA that remembers: frozen history adapters and one live adapter, each behind a gate. Copy it.
 
-For a frozen linear W x + b, rounds i and s = alpha / rank (Hu et al. 2021, arXiv 2106.09685):
+For a linear W x + b, rounds i and s = alpha / rank (Hu et al. 2021, arXiv 2106.09685):
 
     y = W x + b  +  c_history · s · Σ_i B_i A_i x  +  c_live · s · B A x
 
@@ -13,7 +13,8 @@ For a frozen linear W x + b, rounds i and s = alpha / rank (Hu et al. 2021, arXi
         reference = model(ids).logits
     lora.save(model, "round_0.safetensors")        # a round is a file
 
-W is never written to: gates, detach and merged() give the base back exactly.
+W is never written to: gates and detach give the base back exactly. The history at gate 1 is one
+dense weight W + s Σ B_i A_i of its own, as fast as none (merge=False saves that memory).
 """
 import contextlib
 import hashlib
@@ -36,10 +37,10 @@ class BakedLoRA(nn.Module):
     side along the rank, history_A [N·rank, d_in], history_B [d_out, N·rank]: two products.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float):
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, merge: bool = True):
         super().__init__()
         d_out, d_in = base.weight.shape
-        self.base, self.rank, self.scale = base, rank, alpha / rank
+        self.base, self.rank, self.alpha, self.scale = base, rank, alpha, alpha / rank
         new = dict(device=base.weight.device, dtype=torch.float32)
         self.A = nn.Parameter(torch.empty(rank, d_in, **new))
         self.B = nn.Parameter(torch.empty(d_out, rank, **new))
@@ -47,7 +48,7 @@ class BakedLoRA(nn.Module):
         self.register_buffer("history_B", torch.empty(d_out, 0, **new))
         self.c_history = 1.0  # or a [N·rank] tensor: each round's gate, rank times
         self.c_live = 1.0
-        self.merged_weight = None  # W + s Σ B_i A_i while merged(), else None
+        self.merge, self.merged_weight = merge, None  # W + s Σ B_i A_i, once there is a history
         self.reset()
 
     def reset(self) -> None:
@@ -55,9 +56,14 @@ class BakedLoRA(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         nn.init.zeros_(self.B)
 
-    @property
-    def bias(self):
-        return self.base.bias
+    @torch.no_grad()
+    def append(self, A: torch.Tensor, B: torch.Tensor) -> None:
+        """One more round in the history, A [rank, d_in], B [d_out, rank]."""
+        self.history_A = torch.cat([self.history_A, A.to(self.A.device)])
+        self.history_B = torch.cat([self.history_B, B.to(self.B.device)], dim=1)
+        if self.merge:  # summed in float32, rounded once to the dtype of W
+            W = self.base.weight
+            self.merged_weight = (W.float() + self.history_delta()).to(W.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., d_in] -> [..., d_out], in the dtype of x."""
@@ -73,9 +79,13 @@ class BakedLoRA(nn.Module):
         return y
 
     def low_rank(self, x, A, B, gate) -> torch.Tensor:
-        """gate · s · B A x"""
-        inner = gate * self.scale * F.linear(x, A.to(x.dtype))  # [..., rank]
-        return F.linear(inner.to(x.dtype), B.to(x.dtype))
+        """gate · s · B A x, the gate and s in B, where they cost least."""
+        B = (gate * self.scale * B).to(x.dtype)
+        return F.linear(F.linear(x, A.to(x.dtype)), B)
+
+    @property
+    def bias(self):
+        return self.base.bias
 
     @property
     def weight(self) -> torch.Tensor:
@@ -91,16 +101,23 @@ class BakedLoRA(nn.Module):
         return self.scale * self.history_B @ self.history_A
 
 
+# ---- on and off a model --------------------------------------------------------------------------
+
+
+def is_attached(model) -> bool:
+    return any(isinstance(m, BakedLoRA) for m in model.modules())
+
+
 def adapters(model) -> dict[str, BakedLoRA]:
     """{module name: BakedLoRA} in model order. Raises ValueError where nothing is attached."""
-    found = {name: m for name, m in model.named_modules() if isinstance(m, BakedLoRA)}
-    if not found:
+    attached = {name: m for name, m in model.named_modules() if isinstance(m, BakedLoRA)}
+    if not attached:
         raise ValueError("no LoRA on this model; fix: call attach(model) first")
-    return found
+    return attached
 
 
 def attach(model, rank: int = 16, alpha: float = 32.0, layers: tuple[float, float] = (0.2, 0.8),
-           targets: tuple[str, ...] | None = None, blocks=None) -> None:
+           targets: tuple[str, ...] | None = None, blocks=None, merge: bool = True) -> None:
     """Freeze the model and wrap the linears of a depth range of its blocks in `BakedLoRA`.
 
     layers: fractions (from, to) of the depth. targets: last names such as ("q_proj", "v_proj");
@@ -108,13 +125,9 @@ def attach(model, rank: int = 16, alpha: float = 32.0, layers: tuple[float, floa
     the names of what multiplies there and cannot be wrapped: fused experts, 4-bit weights, GPT-2's
     Conv1D. Raises ValueError for bad values, an adapter already there, nothing to wrap.
     """
-    if rank < 1 or alpha <= 0:
-        raise ValueError(f"rank {rank} and alpha {alpha} must be positive; fix: such as 16 and 32")
     if not 0 <= layers[0] < layers[1] <= 1:
         raise ValueError(f"layers {layers[0]} {layers[1]} must be fractions of the depth, "
                          "0 <= from < to <= 1; fix: such as 0.2 0.8")
-    if any(isinstance(m, BakedLoRA) for m in model.modules()):
-        raise ValueError("this model has LoRA attached already; fix: detach(model) first")
     if blocks is None:
         try:
             blocks = model.get_decoder().layers  # of a multimodal checkpoint, its text model's
@@ -125,31 +138,36 @@ def attach(model, rank: int = 16, alpha: float = 32.0, layers: tuple[float, floa
     # 1. every linear in the chosen blocks, but no subclass: it may compute something else
     chosen = blocks[round(layers[0] * len(blocks)): round(layers[1] * len(blocks))]
     inside = {id(m) for block in chosen for m in block.modules()}
-    linears = [(parent, name, child) for parent in model.modules()
-               for name, child in parent.named_children()
-               if id(child) in inside and type(child) is nn.Linear
-               and (not targets or name in targets)]
+    names = [name for name, m in model.named_modules() if id(m) in inside
+             and type(m) is nn.Linear and (not targets or name.rpartition(".")[2] in targets)]
 
     # 2. what else multiplies in there is named
-    wrapped = {id(child.weight): child.weight.numel() for _, _, child in linears}
-    others = {name: p.numel() for name, p in model.named_parameters()
-              if p.ndim > 1 and id(p) not in wrapped
-              and id(model.get_submodule(name.rpartition(".")[0])) in inside}
-    if not linears:
+    reached = {f"{name}.weight" for name in names}
+    sizes = {key: p.numel() for key, p in model.named_parameters()
+             if p.ndim > 1 and id(model.get_submodule(key.rpartition(".")[0])) in inside}
+    others = [key for key in sizes if key not in reached]
+    if not names:
         raise ValueError(f"no nn.Linear named {targets or 'anything'} in blocks {layers} of "
                          f"{len(blocks)}, only {', '.join(others) or 'nothing'}; "
                          "fix: other targets or layers")
     if others and not targets:
-        share = sum(wrapped.values()) / (sum(wrapped.values()) + sum(others.values()))
+        share = sum(sizes[key] for key in reached) / sum(sizes.values())
         warnings.warn(f"LoRA reaches {share:.0%} of the weights in its blocks; not nn.Linear, "
                       f"and left as they are: {', '.join(others)}", stacklevel=2)
+    wrap(model, names, rank, alpha, merge)
 
-    # 3. wrap
+
+def wrap(model, names: list[str], rank: int, alpha: float, merge: bool = True) -> None:
+    """Freeze the model and put a `BakedLoRA` around the linears of these full names."""
+    if rank < 1 or alpha <= 0:
+        raise ValueError(f"rank {rank} and alpha {alpha} must be positive; fix: such as 16 and 32")
+    if is_attached(model):
+        raise ValueError("this model has LoRA attached already; fix: detach(model) first")
     model.requires_grad_(False)
-    for parent, name, child in linears:
-        setattr(parent, name, BakedLoRA(child, rank, alpha))
-    model.lora_config = {"rank": rank, "alpha": alpha, "layers": list(layers),
-                         "targets": list(targets) if targets else None}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        linear = model.get_submodule(name)
+        setattr(model.get_submodule(parent), leaf, BakedLoRA(linear, rank, alpha, merge))
 
 
 def detach(model) -> None:
@@ -157,7 +175,6 @@ def detach(model) -> None:
     for name, module in adapters(model).items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module.base)
-    del model.lora_config
 
 
 def live_parameters(model) -> list[nn.Parameter]:
@@ -165,15 +182,10 @@ def live_parameters(model) -> list[nn.Parameter]:
     return [p for m in adapters(model).values() for p in (m.A, m.B)]
 
 
-@torch.no_grad()
 def fold(model) -> None:
     """Append the live adapter to the history and start a fresh one (B = 0): the function stays."""
     for m in adapters(model).values():
-        if m.merged_weight is not None:
-            raise ValueError("fold() inside merged() would leave a stale merged weight; "
-                             "fix: leave the context first")
-        m.history_A = torch.cat([m.history_A, m.A])
-        m.history_B = torch.cat([m.history_B, m.B], dim=1)
+        m.append(m.A.detach(), m.B.detach())
         m.reset()
 
 
@@ -195,7 +207,7 @@ def gates(model, history: float | list[float] = 1.0, live: float = 1.0):
             raise ValueError(f"{len(history)} history gates for {n_rounds(model)} folded rounds; "
                              "fix: one dose per round")
         all_gates = torch.tensor(history, dtype=torch.float32, device=modules[0].A.device)
-        all_equal = len(set(history)) == 1  # one number: 0 skips the product, 1 may use merged()
+        all_equal = len(set(history)) == 1  # one number: 0 skips the product, 1 takes the merged
         history = float(history[0]) if all_equal else all_gates.repeat_interleave(modules[0].rank)
     before = [(m.c_history, m.c_live) for m in modules]
     try:
@@ -208,37 +220,18 @@ def gates(model, history: float | list[float] = 1.0, live: float = 1.0):
             m.c_history, m.c_live = c_history, c_live
 
 
-@contextlib.contextmanager
-def merged(model):
-    """Within the context, history at gate 1 is one dense weight per layer: as fast as none.
-
-    W + s Σ B A is summed in float32 and rounded once to the dtype of W. W itself stays, so other
-    gate values, (0, 0) among them, keep their meaning inside the context. Where a second copy of
-    the weights is too much, set `model.lora_merge = False`: then this does nothing.
-    """
-    modules = adapters(model).values() if getattr(model, "lora_merge", True) else ()
-    before = [m.merged_weight for m in modules]
-    try:
-        for m in modules:
-            W = m.base.weight
-            m.merged_weight = (W.float() + m.history_delta()).to(W.dtype)
-        yield
-    finally:
-        for m, weight in zip(modules, before):
-            m.merged_weight = weight
-
-
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def fingerprint(model) -> str:
-    """sha256 over a sample of every wrapped base weight, in bfloat16 whatever the load dtype."""
+def fingerprint(model, names) -> str:
+    """sha256 over a sample of each named linear's base weight, in bfloat16 in whatever dtype."""
     digest = hashlib.sha256()
-    for name, m in adapters(model).items():
-        w = m.base.weight.detach().flatten()
-        sample = w[:: max(1, len(w) // 4096)].to(torch.bfloat16).contiguous().view(torch.int16)
-        digest.update(f"{name}{tuple(m.base.weight.shape)}".encode())
-        digest.update(sample.cpu().numpy().tobytes())
+    for name in names:
+        linear = model.get_submodule(name)
+        w = getattr(linear, "base", linear).weight.detach()
+        sample = w.flatten()[:: max(1, w.numel() // 4096)].to(torch.bfloat16).contiguous()
+        digest.update(f"{name}{tuple(w.shape)}".encode())
+        digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -250,65 +243,67 @@ def save(model, path) -> None:
     for name, m in adapters(model).items():
         tensors[f"{name}.A"] = m.history_A[-m.rank:].cpu().contiguous()
         tensors[f"{name}.B"] = m.history_B[:, -m.rank:].cpu().contiguous()
-    about = {**model.lora_config, "round": n_rounds(model) - 1, "fingerprint": fingerprint(model)}
-    save_file(tensors, path, metadata={"baked_lora": json.dumps(about)})
+    metadata = {"rank": m.rank, "alpha": m.alpha, "round": n_rounds(model) - 1,
+                "fingerprint": fingerprint(model, adapters(model))}
+    save_file(tensors, path, metadata={"baked_lora": json.dumps(metadata)})
 
 
-def load(model, paths) -> None:
-    """Append the round in a file of `save`, or in several in order, attaching first where needed.
+def load(model, paths, merge: bool = True) -> None:
+    """Append the round in a file of `save`, or in several in order, wrapping first where needed.
 
     Raises FileNotFoundError, or ValueError naming the file: damaged, not ours, of another base or
     other settings, out of order, not finite. Then the model is as it was.
     """
-    attached_here, rounds = False, []
-    try:
-        for path in [paths] if isinstance(paths, (str, Path)) else paths:
-            config, about, tensors = read(path)
-            if not hasattr(model, "lora_config"):
-                attach(model, **config)
-                attached_here = True
-            check_fit(model, path, config, about, tensors, n_rounds(model) + len(rounds))
-            rounds.append(tensors)
-    except (ValueError, OSError):
-        if attached_here:
-            detach(model)
-        raise
+    # 1. what is on the model; on a plain one the first file decides
+    on_model = adapters(model) if is_attached(model) else {}
+    names, done = list(on_model), n_rounds(model) if on_model else 0
+    settings = [(m.rank, m.alpha) for m in on_model.values()][:1]
+
+    # 2. every file is read and checked before anything changes
+    rounds = []
+    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        metadata, tensors = read(path)
+        of_file = {key.rpartition(".")[0] for key in tensors}
+        names = names or [name for name, _ in model.named_modules() if name in of_file]
+        settings = settings or [(metadata["rank"], metadata["alpha"])]
+        check_fit(model, path, names, settings[0], done + len(rounds), metadata, tensors)
+        rounds.append(tensors)
+
+    # 3. wrapped, and appended
+    if rounds and not on_model:
+        wrap(model, names, *settings[0], merge)
     for tensors in rounds:
         for name, m in adapters(model).items():
-            m.history_A = torch.cat([m.history_A, tensors[f"{name}.A"].to(m.A.device)])
-            m.history_B = torch.cat([m.history_B, tensors[f"{name}.B"].to(m.A.device)], dim=1)
+            m.append(tensors[f"{name}.A"], tensors[f"{name}.B"])
 
 
-def read(path) -> tuple[dict, dict, dict[str, torch.Tensor]]:
-    """-> what `attach` was told, round and fingerprint, and the tensors, of a file of `save`."""
+def read(path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """-> rank, alpha, round and fingerprint, and the tensors, of a file of `save`."""
     if not Path(path).exists():
         raise FileNotFoundError(f"no adapter file {path}; fix: give a round's adapter.safetensors")
     try:
         with safe_open(str(path), framework="pt") as f:
-            about = json.loads(f.metadata()["baked_lora"])
+            metadata = json.loads(f.metadata()["baked_lora"])
             tensors = {key: f.get_tensor(key) for key in f.keys()}
-        config = {key: about.pop(key) for key in ("rank", "alpha", "layers", "targets")}
-        return config, {key: about[key] for key in ("round", "fingerprint")}, tensors
+        return {k: metadata[k] for k in ("rank", "alpha", "round", "fingerprint")}, tensors
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is damaged, or was not written by lora.save ({e}); "
                          "fix: give a whole adapter.safetensors of a round") from None
 
 
-def check_fit(model, path, config: dict, about: dict, tensors: dict, round: int) -> None:
-    """Raises ValueError where a file does not belong on this model as this round."""
-    if model.lora_config != config:
-        raise ValueError(f"{path} has {config}, the model has {model.lora_config}; "
-                         "fix: detach(model) first, or attach with the file's settings")
-    if fingerprint(model) != about["fingerprint"]:
-        raise ValueError(f"{path} was trained on another base; fix: load it onto that one")
-    if about["round"] != round:
-        raise ValueError(f"{path} is round {about['round']}, the model has {round} before it; "
-                         "fix: give the files of all rounds, in order")
-    wanted = {f"{name}.{part}": getattr(m, part).shape
-              for name, m in adapters(model).items() for part in ("A", "B")}
-    for key, shape in wanted.items():
-        if key not in tensors or tensors[key].shape != shape:
-            raise ValueError(f"{path}: {key} is missing or of another shape than {tuple(shape)}; "
-                             "fix: use a whole copy")
-        if not tensors[key].isfinite().all():
-            raise ValueError(f"{path}: {key} is not finite; fix: one from before training broke")
+def check_fit(model, path, names, settings, round: int, metadata: dict, tensors: dict) -> None:
+    """Raises ValueError where a file is not this round of adapters of these names and settings."""
+    of_file = {key.rpartition(".")[0] for key in tensors}
+    fits = {
+        "was trained on another base; fix: load it onto that one":
+            names and metadata["fingerprint"] == fingerprint(model, names),
+        f"has another rank, alpha or other layers than {settings} on {len(names)} layers; fix: "
+        "detach(model) first, or attach with the file's settings":
+            of_file == set(names) and settings == (metadata["rank"], metadata["alpha"]),
+        f"is round {metadata['round']}, the model has {round} before it; fix: give the files of "
+        "all rounds, in order": metadata["round"] == round,
+        "has a tensor that is not finite; fix: a round from before training broke":
+            all(t.isfinite().all() for t in tensors.values())}
+    for message, holds in fits.items():
+        if not holds:
+            raise ValueError(f"{path} {message}")

@@ -1,24 +1,34 @@
-"""Batched decoding and scoring: a key-value cache, sample, score, completion_states, logits.
+"""Decode and score in batches: sample, stream, score, completion_states, logits.
 
-    tokens = sample(model, tok, [prompt] * 3, vector, doses=[0, 2, 4])      # one dose per row
+    tokens = sample(model, chat, [prompt] * 3, vector, doses=[0, 2, 4])     # one dose per row
     logp = score(model, prompts, completions)                               # per token, nats
 
     next token ~ softmax(z / temperature) over the top_k logits z, cut to their top_p nucleus
 
-Rows of one batch may have different lengths, doses and prompts; equal prompts are run once.
+Rows of one batch may have different lengths, doses and prompts. Decoding has one fixed shape: keys
+and values in transformers' StaticLayer, and all that changes from token to token in tensors that
+are written in place. So one step is a function of no arguments, which a CPU calls and a GPU records
+once as a CUDA graph and replays.
 """
 import contextlib
 import math
 import os
 import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 from transformers.cache_utils import (Cache, DummyLayer, DynamicCache, DynamicLayer,
-                                      DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin)
+                                      DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin,
+                                      StaticLayer)
 
-from steer import SteeringVector, check_room, left_pad
+from common.prompts import Chat, stop_tokens
+from steer import SteeringVector, batches, check_room, left_pad
+
+LOOK_EVERY = 8  # steps between two looks at which rows are done: a look waits for the device
 
 
 # ---- from hidden states to words ----------------------------------------------------------------
@@ -71,41 +81,77 @@ def next_token(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k:
                top_p: float) -> torch.Tensor:
     """One token per row, [batch], by inverse CDF at the uniform draws u [batch].
 
-    Temperature 0 is greedy. The nucleus is taken over the top_k logits that are left (as
-    transformers composes the two), so only top_k entries are ever sorted. One draw per row keeps a
-    row's tokens independent of its batch.
+    Temperature 0 is greedy, top_k 0 the whole vocabulary. The nucleus is taken over the top_k
+    logits that are left, so only top_k entries are ever sorted. One draw per row keeps a row's
+    tokens independent of its batch.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    top, tokens = logits.topk(min(top_k, logits.shape[-1]))  # sorted, descending
+    size = logits.shape[-1]
+    if top_k == 0 and top_p == 1:  # nothing to cut: the order of the vocabulary does as well
+        top, tokens = logits, torch.arange(size, device=logits.device).expand(logits.shape)
+    else:
+        top, tokens = logits.topk(min(top_k or size, size))  # sorted, descending
     p = (top.float() / temperature).softmax(-1)
-    p = p * (p.cumsum(-1) - p < top_p)  # smallest set whose mass reaches top_p
+    if top_p < 1:
+        p = p * (p.cumsum(-1) - p < top_p)  # smallest set whose mass reaches top_p
     cdf = p.cumsum(-1)
     choice = (cdf < u[:, None] * cdf[:, -1:]).sum(-1, keepdim=True)
-    return tokens.gather(-1, choice)[:, 0]
-
-
-def rows_at_once(model) -> int:
-    """How many rows a batch has: `model.sample_rows` where memory is short (heal_loop), else 96."""
-    return getattr(model, "sample_rows", 96)
-
-
-def halving(step, rows: list[int]) -> None:
-    """step(rows), or one half after the other where the device's memory does not hold them all.
-
-    Raises torch.OutOfMemoryError where a half, or a lone row, is too much.
-    """
-    try:
-        return step(rows)
-    except torch.OutOfMemoryError:
-        if len(rows) == 1:
-            raise
-    torch.accelerator.empty_cache()  # outside the except: the error holds on to its tensors
-    step(rows[:len(rows) // 2])
-    step(rows[len(rows) // 2:])
+    return tokens.gather(-1, choice.clamp(max=cdf.shape[-1] - 1))[:, 0]
 
 
 # ---- from words to hidden states ----------------------------------------------------------------
+
+
+def rows_at_once(model) -> int:
+    """Rows of a batch: on a GPU one row costs nearly what 256 do."""
+    return 96 if model.device.type == "cpu" else 256
+
+
+def halving(step, rows: list[int]) -> None:
+    """step(rows), or one half after the other where the memory does not hold them all.
+
+    Raises the error where a half, or a lone row, is too much.
+    """
+    try:
+        return step(rows)
+    except RuntimeError as e:  # of a GPU torch.OutOfMemoryError, of a CPU its allocator's words
+        full = isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)
+        if not full or len(rows) == 1:
+            raise
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()  # outside the except: the error holds on to its tensors
+    halving(step, rows[:len(rows) // 2])
+    halving(step, rows[len(rows) // 2:])
+
+
+def special_layers(model) -> list:
+    """The cache layers this model asks for, where some are more than keys and values; else [].
+
+    Linear attention keeps a state instead of keys (Qwen3-Next, Granite 4, LFM2, Jamba, ...), and
+    DeepSeek's sparse attention a key more.
+    """
+    layers = DynamicCache(config=model.config).layers
+    plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    return layers if any(type(layer) not in plain for layer in layers) else []
+
+
+def is_hybrid(model) -> bool:
+    """Whether some layers are linear attention, which no cache continues with gradients."""
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin)
+               for layer in special_layers(model))
+
+
+def new_cache(model) -> Cache:
+    """An empty cache that grows: every key is kept, of sliding windows too.
+
+    The model's own masks hide what is outside a window. Choose rows with `reorder_cache(indices)`.
+    """
+    layers = special_layers(model)
+    if not layers:
+        return Cache(layer_class_to_replicate=DynamicLayer)
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return Cache(layers=[DynamicLayer() if type(own) in plain else own for own in layers])
 
 
 def common_beginning(model, prompts: list[tuple[int, ...]]) -> tuple[int, ...]:
@@ -121,8 +167,13 @@ def common_beginning(model, prompts: list[tuple[int, ...]]) -> tuple[int, ...]:
     return os.path.commonprefix([prompt[:-1] for prompt in prompts])
 
 
-def prefill(model, prompts: list[list[int]], layer: type[DynamicLayer]):
-    """Run prompts up to their last token, equal ones and equal beginnings once.
+def steering(model, vector: SteeringVector | None, dose, last: int):
+    """The context in which the last `last` positions of each pass are steered, if there is a v."""
+    return vector.at(model, dose, last_only=last) if vector else contextlib.nullcontext()
+
+
+def prefill(model, prompts: list[list[int]], begun: list[int] = (), vector=None, dose=0.0):
+    """Run prompts, and what their answers begin with, up to the last token; equal ones once.
 
     -> the cache, and per prompt its last token [batch], mask [batch, longest] and the last token's
     position [batch]. The mask includes the last token, which is not run: it may be steered.
@@ -132,58 +183,73 @@ def prefill(model, prompts: list[list[int]], layer: type[DynamicLayer]):
     unique = list(dict.fromkeys(map(tuple, prompts)))
     place = {prompt: k for k, prompt in enumerate(unique)}
     rows = torch.tensor([place[tuple(p)] for p in prompts], device=device)
+    unique = [(*prompt, *begun) for prompt in unique]
 
     # 2. what all of them begin with, such as the system turn
-    head = common_beginning(model, unique)
-    cache = new_cache(model, layer)
+    head = common_beginning(model, unique) if device.type == "cpu" else ()
+    cache = new_cache(model)
     if head:
         decoder(input_ids=torch.tensor([head], device=device), past_key_values=cache,
                 use_cache=True)
         cache.reorder_cache(torch.zeros(len(unique), dtype=torch.long, device=device))
 
-    # 3. the rest of each, but for its last token
+    # 3. the rest of each, but for its last token; steered from the assistant tag on
     ids, mask, _ = left_pad([list(prompt[len(head):]) for prompt in unique], device)
     mask = torch.cat([mask.new_ones(len(unique), len(head)), mask], 1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     if ids.shape[1] > 1:
-        decoder(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache,
-                position_ids=positions[:, len(head):-1], use_cache=True)
+        with steering(model, vector if begun else None, dose, len(begun)):
+            decoder(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache,
+                    position_ids=positions[:, len(head):-1], use_cache=True)
     if mask.shape[1] > 1:
         cache.reorder_cache(rows)
     return cache, ids[rows, -1], mask[rows], positions[rows, -1]
 
 
+def shares_prompts(model, prompts: list[list[int]]) -> bool:
+    """Whether equal prompts are run once: in three passes, where one pass would repeat them.
+
+    Products cost on a CPU, so there always. Launches cost on a GPU, so there only where more than
+    four rows have the same prompt, as in the cloze readout.
+    """
+    repeated = len(prompts) > 4 * len(set(map(tuple, prompts)))
+    return not is_hybrid(model) and (model.device.type == "cpu" or repeated)
+
+
 def completion_states(model, prompts: list[list[int]], completions: list[list[int]],
-                      vector: SteeringVector | None = None, dose: float = 0.0) -> torch.Tensor:
+                      vector: SteeringVector | None = None, dose: float = 0.0,
+                      begun: list[int] = ()) -> torch.Tensor:
     """Final hidden states at the positions that predict the completions' tokens.
 
-    -> [Σ tokens, d_model], completion after completion. Equal prompts and beginnings are run once,
-    gradients included. Completions are padded on the right, where a causal model never looks.
+    -> [Σ tokens, d_model], completion after completion, with gradients.
     Prompt and completion are joined as ids: tokenised in one piece they could merge.
     vector: acts from the prompt's last token on, the assistant tag, as in `sample`.
+    begun: what every answer begins with, between prompt and completion.
     Raises ValueError for a row that exceeds the model's context.
     """
-    check_room(model, max(len(p) + len(c) for p, c in zip(prompts, completions)))
     longest = max(map(len, completions))
-    shifted = [c[:-1] + [0] * (longest - len(c)) for c in completions]  # t predicts t + 1
-    if is_hybrid(model):
-        # 1. prompt and completion in one pass: a state has no cache to continue with gradients
-        rows = [p + c for p, c in zip(prompts, shifted)]
-        ids, mask, positions = left_pad(rows, model.device)
-        how = dict(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-    else:
+    check_room(model, len(begun) + max(len(p) + len(c) for p, c in zip(prompts, completions)))
+    # padded on the right, where a causal model never looks; position t predicts t + 1
+    shifted = [c[:-1] + [0] * (longest - len(c)) for c in completions]
+    if shares_prompts(model, prompts):
         # 1. the prompts without their last token, then that token and the completions on top
-        cache, last, mask, position = prefill(model, prompts, DynamicLayer)
+        cache, last, mask, position = prefill(model, prompts, begun, vector, dose)
         shifted = torch.tensor(shifted, dtype=torch.long, device=model.device)
         positions = position[:, None] + torch.arange(longest, device=model.device)
-        how = dict(input_ids=torch.cat([last[:, None], shifted], 1),
-                   attention_mask=F.pad(mask, (0, longest - 1), value=1), position_ids=positions,
-                   past_key_values=cache, use_cache=True)
+        inputs = dict(input_ids=torch.cat([last[:, None], shifted], 1), position_ids=positions,
+                      attention_mask=F.pad(mask, (0, longest - 1), value=1),
+                      past_key_values=cache, use_cache=True)
+        steered = longest
+    else:
+        # 1. prompt and completion of each row in one pass
+        rows = [[*p, *begun, *c] for p, c in zip(prompts, shifted)]
+        ids, mask, positions = left_pad(rows, model.device)
+        inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        steered = len(begun) + longest
 
-    # 2. steered from the prompt's last token on
-    steered = vector.at(model, dose, last_only=longest) if vector else contextlib.nullcontext()
-    with steered:
-        states = model.get_decoder()(**how).last_hidden_state[:, -longest:]
+    # 2. steered from the assistant tag on
+    with steering(model, vector, dose, steered):
+        states = model.get_decoder()(**inputs).last_hidden_state[:, -longest:]
 
     # 3. the padding dropped, [batch, longest, d_model] -> [Σ tokens, d_model]
     return torch.cat([h[:len(c)] for h, c in zip(states, completions)])
@@ -192,74 +258,159 @@ def completion_states(model, prompts: list[list[int]], completions: list[list[in
 @torch.no_grad()
 def score(model, prompts: list[list[int]], completions: list[list[int]],
           vector: SteeringVector | None = None, dose: float = 0.0,
-          batch_size: int | None = None) -> list[torch.Tensor]:
+          batch_size: int | None = None, begun: list[int] = ()) -> list[torch.Tensor]:
     """Log-probability of each completion token given all before it, nats.
 
     -> one [len(completion)] float32 tensor each; an empty completion has none.
-    batch_size: None is a third of `rows_at_once`.
+    batch_size: None is a third of `rows_at_once`. begun: see `completion_states`.
     """
-    batch_size = batch_size or max(1, rows_at_once(model) // 3)
+    batch_size = batch_size or rows_at_once(model) // 3
     out = [torch.empty(0)] * len(prompts)
+    lengths = [len(p) + len(begun) + len(c) for p, c in zip(prompts, completions)]
     # equal prompts, and then completions of like length, share a batch
     with_tokens = [i for i, c in enumerate(completions) if c]
     order = sorted(with_tokens, key=lambda i: (len(prompts[i]), prompts[i], len(completions[i])))
 
     def score_rows(rows):
         answers = [completions[i] for i in rows]
-        states = completion_states(model, [prompts[i] for i in rows], answers, vector, dose)
+        states = completion_states(model, [prompts[i] for i in rows], answers, vector, dose,
+                                   begun)
         targets = torch.tensor([token for c in answers for token in c], device=model.device)
         logp = token_logp(model, states, targets).cpu()  # [Σ tokens]
         for i, of_completion in zip(rows, logp.split([len(c) for c in answers])):
             out[i] = of_completion
 
-    for start in range(0, len(order), batch_size):
-        halving(score_rows, order[start:start + batch_size])
+    parts = batches(model, order, lengths, batch_size)
+    for rows in tqdm(parts, "score", leave=False, disable=None, delay=5):
+        halving(score_rows, rows)
     return out
 
 
-# ---- sampling -----------------------------------------------------------------------------------
+# ---- decoding ------------------------------------------------------------------------------------
 
 
-def end_of_turn(tok) -> list[int]:
-    """The token that ends an assistant turn in this chat template, in a list; empty for none.
+class Decoder:
+    """One batch that decodes. Everything that changes from step to step is a tensor that stays.
 
-    In some (GLM) nothing ends it but the next turn's first token. Where the template has no token
-    for it, the end token.
+    prompts: token ids; doses [batch]; draws [batch, steps], uniform; stop: ids that end a row.
+    pick: what `next_token` takes besides, temperature, top_k and top_p.
     """
-    mark = "\u241f"
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark},
-             {"role": "user", "content": "a"}]
-    for conversation in (turns[:2], turns):
-        after = tok.apply_chat_template(conversation, tokenize=False).rpartition(mark)[2]
-        ids = tok(after, add_special_tokens=False).input_ids if after else []
-        # added tokens: the named ones and those that only the template names, Gemma's among them
-        found = [t for t in ids if t in tok.added_tokens_decoder and t != tok.bos_token_id]
-        if found:
-            return found[:1]
-    return [] if tok.eos_token_id is None else [tok.eos_token_id]
 
+    def __init__(self, model, prompts, vector, doses, draws, stop, pick: dict):
+        # 1. run the prompts up to the assistant tag
+        self.model, self.pick, device = model, pick, model.device
+        if vector:  # on the device before the first step
+            layers = {l: v.to(device) for l, v in vector.layers.items()}
+            vector = replace(vector, layers=layers)
+        self.vector = vector
+        cache, token, mask, position = prefill(model, prompts)
+        batch, steps = draws.shape
+        self.length = mask.shape[1]  # with the last token, which is not run yet
 
-def stop_tokens(model, tok) -> list[int]:
-    """The tokens that end a turn: the generation config's, the tokenizer's, the chat template's.
+        # 2. keys and values in layers of fixed size; a past that is more than these grows
+        self.fixed = not special_layers(model) and self.length > 1
+        if self.fixed:
+            for k, old in enumerate(cache.layers):
+                if old.is_initialized:  # a layer may use another's keys (Gemma 3n)
+                    cache.layers[k] = StaticLayer(max_cache_len=self.length + steps)
+                    cache.layers[k].update(old.keys, old.values)
+        self.cache, self.n = cache, 0  # steps so far
 
-    A fine-tune may lack any of them.
-    """
-    stop = model.generation_config.eos_token_id
-    stop = [stop] if isinstance(stop, int) else list(stop or [])
-    stop += end_of_turn(tok)
-    if tok.eos_token_id is not None:
-        stop.append(tok.eos_token_id)
-    return list(dict.fromkeys(stop))
+        # 3. what a step reads and writes; a slot of the mask opens when its token is run
+        self.state = {
+            "token": token.clone(), "position": position.clone(),
+            "mask": F.pad(mask, (0, steps)),  # [batch, slots]
+            "t": torch.zeros(1, dtype=torch.long, device=device),
+            "draws": draws.to(device), "dose": torch.as_tensor(doses).to(device),
+            "new": torch.zeros(batch, steps, dtype=torch.long, device=device),
+            "done": torch.zeros(batch, dtype=torch.bool, device=device)}
+        self.ends = torch.tensor(sorted(stop), device=device)
+        self.rows = list(range(batch))  # whose rows these are
+
+    def step(self) -> None:
+        """Run the newest token of each row, steered, and draw the next one."""
+        s = self.state
+        mask = s["mask"] if self.fixed else s["mask"][:, :self.length + self.n]
+        with steering(self.model, self.vector, s["dose"], 1):
+            states = self.model.get_decoder()(
+                input_ids=s["token"][:, None], attention_mask=mask,
+                position_ids=s["position"][:, None], past_key_values=self.cache,
+                use_cache=True).last_hidden_state  # [batch, 1, d_model]
+        self.z = logits(self.model, states[:, -1]).to(s["token"].device)  # [batch, vocab]
+        token = next_token(self.z, s["draws"].index_select(1, s["t"])[:, 0], **self.pick)
+        s["new"].index_copy_(1, s["t"], token[:, None])
+        s["done"].logical_or_((token[:, None] == self.ends).any(1))
+        s["token"].copy_(token)
+        s["position"].add_(1)
+        s["t"].add_(1)
+        s["mask"].index_fill_(1, self.length - 1 + s["t"], 1)
+
+    def record(self) -> None:
+        """On a GPU: record `step` once as a CUDA graph; -> it is replayed from now on."""
+        self.replay = self.step
+        if self.model.device.type != "cuda" or not self.fixed:
+            return
+        lengths = [layer.cumulative_length for layer in self.cache.layers if layer.is_initialized]
+        changing = [*self.state.values(), *lengths]
+        before = [x.clone() for x in changing]
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        try:
+            # two steps to warm up, on a stream of their own; then all is put back as it was
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.step(), self.step()
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph):
+                self.step()
+            self.replay = graph.replay
+        except RuntimeError as e:
+            warnings.warn(f"this model's decoding step cannot be recorded, so it is slow: {e}")
+        for x, was in zip(changing, before):
+            x.copy_(was)
+
+    def keep(self, keep: list[int]) -> None:
+        """Go on with these rows alone."""
+        index = torch.tensor(keep, device=self.model.device)
+        self.cache.reorder_cache(index)
+        self.state = {k: x if k == "t" else x[index] for k, x in self.state.items()}
+        self.rows = [self.rows[k] for k in keep]
+
+    def run(self) -> list[list[int]]:
+        """-> each row's new tokens, up to a stop token and with it.
+
+        Rows are looked at every few steps. Once few enough go on, they go on as a smaller batch.
+        """
+        out, steps = [[] for _ in self.rows], self.state["draws"].shape[1]
+        self.record()
+        while self.n < steps:
+            self.replay()
+            self.n += 1
+            if self.n % LOOK_EVERY and self.n < steps:
+                continue
+            done = self.state["done"].tolist()
+            going_on = [k for k in range(len(done)) if not done[k]]
+            # a smaller batch is recorded anew on a GPU, which costs as much as a few steps
+            few = 0.75 if self.replay == self.step else 0.5
+            if self.n == steps or len(going_on) <= few * len(done):
+                for row, tokens in zip(self.rows, self.state["new"][:, :self.n].tolist()):
+                    out[row] = tokens
+                if self.n == steps or not going_on:
+                    break
+                self.keep(going_on)
+                self.record()
+        ends = set(self.ends.tolist())
+        firsts = [next((t for t, token in enumerate(row) if token in ends), steps) for row in out]
+        return [row[:first + 1] for row, first in zip(out, firsts)]
 
 
 @torch.no_grad()
-def sample(model, tok, prompts: list[list[int]], vector: SteeringVector | None = None, doses=None,
-           max_new_tokens: int = 64, temperature: float = 1.0, top_k: int = 64,
+def sample(model, chat: Chat, prompts: list[list[int]], vector: SteeringVector | None = None,
+           doses=None, max_new_tokens: int = 64, temperature: float = 1.0, top_k: int = 64,
            top_p: float = 0.95, batch_size: int | None = None, seed: int = 0,
            keep_stop: bool = False) -> list[list[int]]:
     """Sample one completion per prompt; -> lists of new token ids.
 
-    prompts: token ids from `chat_ids`. doses: one float per prompt, for `vector`, which acts from
+    prompts: token ids from `chat.ids`. doses: one float per prompt, for `vector`, which acts from
     the assistant tag on, so that equal prompts are run once for all doses.
     keep_stop: keep the stop token at the end of a completion that has one.
     batch_size: None is `rows_at_once`.
@@ -267,79 +418,80 @@ def sample(model, tok, prompts: list[list[int]], vector: SteeringVector | None =
     Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context.
     """
     check_room(model, max(map(len, prompts), default=0), max_new_tokens)
-    batch_size, stop = batch_size or rows_at_once(model), set(stop_tokens(model, tok))
+    stop = set(stop_tokens(model, chat))
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(len(prompts), max_new_tokens, generator=generator)  # [row, step]
-    if doses is None:
-        doses = torch.zeros(len(prompts))
-    doses = torch.as_tensor(doses, dtype=torch.float32)  # [row]
+    doses = torch.zeros(len(prompts)) if doses is None else torch.as_tensor(doses).float()
+    pick = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     out: list[list[int]] = [[] for _ in prompts]
 
     def draw_rows(rows):
-        new = sample_batch(model, [prompts[i] for i in rows], vector, doses[rows], draws[rows],
-                           stop, keep_stop, temperature=temperature, top_k=top_k, top_p=top_p)
-        for i, tokens in zip(rows, new):
-            out[i] = tokens
+        decoder = Decoder(model, [prompts[i] for i in rows], vector, doses[rows], draws[rows],
+                          stop, pick)
+        for i, tokens in zip(rows, decoder.run()):
+            out[i] = tokens if keep_stop or tokens[-1] not in stop else tokens[:-1]
 
     # equal prompts, and prompts of like length, share a batch
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
-    for start in tqdm(range(0, len(order), batch_size), "sample", leave=False, disable=None):
-        halving(draw_rows, order[start:start + batch_size])
+    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+    parts = batches(model, order, lengths, batch_size or rows_at_once(model))
+    for rows in tqdm(parts, "sample", leave=False, disable=None):
+        halving(draw_rows, rows)
     return out
 
 
-def sample_batch(model, prompts: list[list[int]], vector: SteeringVector | None,
-                 doses: torch.Tensor, draws: torch.Tensor, stop: set[int], keep_stop: bool,
-                 **how) -> list[list[int]]:
-    """One batch of `sample`: doses [batch], draws [batch, step]; how: see `next_token`."""
-    # 1. run the prompts up to the assistant tag; all that the loop needs goes to the device
-    decoder, device = model.get_decoder(), model.device
-    out: list[list[int]] = [[] for _ in prompts]
-    rows, running = list(range(len(prompts))), set(range(len(prompts)))
-    cache, token, mask, position = prefill(model, prompts, RoomyLayer)
-    dose, u = doses.to(device), draws.to(device)
-    with vector.at(model, dose) if vector else contextlib.nullcontext():
-        for t in range(draws.shape[1]):
-            # 2. run the newest token, steered, on top of the cache
-            states = decoder(input_ids=token[:, None], attention_mask=mask,
-                             position_ids=position[:, None], past_key_values=cache,
-                             use_cache=True).last_hidden_state  # [batch, 1, d_model]
-            # 3. draw the next one
-            z = logits(model, states[:, -1]).to(device)
-            token = next_token(z, u[:, t], **how)
-            # 4. look at it, the one transfer from the device: a row that drew a stop is done
-            for i, new in zip(rows, token.tolist()):
-                if i in running and (keep_stop or new not in stop):
-                    out[i].append(new)
-                if new in stop:
-                    running.discard(i)
-            if not running:
-                break
-            mask = F.pad(mask, (0, 1), value=1)
-            position = position + 1
-            # 5. finished rows leave; regathering the cache costs a step: wait until it pays
-            if len(running) <= 0.875 * len(rows):
-                keep = [k for k, i in enumerate(rows) if i in running]
-                rows = [rows[k] for k in keep]
-                keep = torch.tensor(keep, device=device)
-                cache.reorder_cache(keep)
-                token, mask, position, u = token[keep], mask[keep], position[keep], u[keep]
-                dose.data = dose[keep]  # the vector's hooks read it at each pass
-    return out
+@torch.no_grad()
+def stream(model, chat: Chat, prompt: list[int], vector: SteeringVector | None = None,
+           dose: float = 0.0, max_new_tokens: int = 64, temperature: float = 1.0,
+           top_k: int = 64, top_p: float = 0.95, seed: int = 0) -> Iterator[int]:
+    """The new tokens of one prompt, one at a time, as `sample` draws them; no stop token.
+
+    What surrounds each `next`, such as `lora.gates`, holds for that token's pass.
+    """
+    check_room(model, len(prompt), max_new_tokens)
+    stop = set(stop_tokens(model, chat))
+    draws = torch.rand(1, max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    pick = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    decoder = Decoder(model, [prompt], vector, torch.tensor([dose]), draws, stop, pick)
+    decoder.record()
+    for _ in range(max_new_tokens):
+        decoder.replay()
+        decoder.n += 1
+        token = decoder.state["token"].item()
+        if token in stop:
+            return
+        yield token
+
+
+@torch.no_grad()
+def forced_logp(model, rows: list[list[int]], new: int = 6) -> tuple[list[int], torch.Tensor]:
+    """What decoding says at the last `new` tokens of three rows, given in place of drawn ones.
+
+    Halfway the first row leaves and the others change places. -> which row each line is of, in
+    the order of the steps, and the log-probabilities [lines, vocab].
+    """
+    pick = dict(temperature=0, top_k=0, top_p=1)
+    decoder = Decoder(model, [row[:-new] for row in rows], None, torch.zeros(len(rows)),
+                      torch.zeros(len(rows), new), {-1}, pick)
+    of, logp = [], []
+    for t in range(new):
+        decoder.step()
+        decoder.n += 1
+        of += decoder.rows
+        logp.append(decoder.z.float().log_softmax(-1))
+        if t == new // 2:
+            decoder.keep([2, 1])
+        forced = [rows[k][len(rows[k]) - new + t] for k in decoder.rows]
+        decoder.state["token"].copy_(torch.tensor(forced))
+    return of, torch.cat(logp)
 
 
 # ---- what a text looks like ---------------------------------------------------------------------
 
 
-def perplexity(logp: torch.Tensor, tail: float = 1.0) -> float:
-    """exp of the mean negative log-probability over the last `tail` share of the tokens.
-
-    Infinite for no tokens.
-    """
-    if not len(logp):
-        return math.inf
-    n = max(1, int(len(logp) * tail))
-    return math.exp(-logp[-n:].mean())
+def perplexity(logp: torch.Tensor) -> float:
+    """exp of the mean negative log-probability; infinite for no tokens."""
+    return math.exp(-logp.mean()) if len(logp) else math.inf
 
 
 def worst_perplexity(logp: torch.Tensor, window: int = 24) -> float:
@@ -363,68 +515,3 @@ def repetition(text: str) -> float:
         if grams:
             largest = max(largest, 1 - len(set(grams)) / len(grams))
     return largest
-
-
-# ---- the key-value cache ------------------------------------------------------------------------
-
-
-class RoomyLayer(DynamicLayer):
-    """A key-value cache layer with spare room: new tokens are written in place, none is copied."""
-    room = None  # keys and values [2][batch, heads, capacity, head_dim]
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        old, new = self.get_seq_length(), key_states.shape[-2]
-        # 1. no room left: a larger one, with what was kept so far
-        if self.room is None or old + new > self.room[0].shape[-2]:
-            before = (self.keys, self.values)
-            self.room = [s.new_empty(*s.shape[:-2], old + new + 64, s.shape[-1])
-                         for s in (key_states, value_states)]
-            for room, kept in zip(self.room, before):
-                if old:
-                    room[..., :old, :] = kept
-            self.dtype = key_states.dtype
-            self.device = key_states.device
-            self.is_initialized = True
-        # 2. write the new tokens behind the old, and show as much as is filled
-        for room, s in zip(self.room, (key_states, value_states)):
-            room[..., old:old + new, :] = s
-        self.keys, self.values = (room[..., :old + new, :] for room in self.room)
-        return self.keys, self.values
-
-    def reorder_cache(self, indices):
-        """Keep these rows of the batch, in this order, a row as often as it is named."""
-        length = self.get_seq_length()
-        self.room = [room[indices.to(room.device)] for room in self.room]
-        self.keys, self.values = (room[..., :length, :] for room in self.room)
-
-    batch_select_indices = reorder_cache
-
-
-def special_layers(model) -> list:
-    """The cache layers this model asks for, where some are more than keys and values; else [].
-
-    Linear attention keeps a state instead of keys (Qwen3-Next, Granite 4, LFM2, Jamba, ...), and
-    DeepSeek's sparse attention a key more.
-    """
-    layers = DynamicCache(config=model.config).layers
-    plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
-    return layers if any(type(layer) not in plain for layer in layers) else []
-
-
-def is_hybrid(model) -> bool:
-    """Whether some layers are linear attention, which no cache continues with gradients."""
-    return any(isinstance(layer, LinearAttentionCacheLayerMixin)
-               for layer in special_layers(model))
-
-
-def new_cache(model, layer: type[DynamicLayer]) -> Cache:
-    """An empty cache: `layer` where a block keeps keys and values, else what the model asks for.
-
-    Sliding windows too keep every key: the model's own masks hide those outside the window.
-    Choose rows with `cache.reorder_cache(indices)`.
-    """
-    layers = special_layers(model)
-    if not layers:
-        return Cache(layer_class_to_replicate=layer)
-    plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    return Cache(layers=[layer() if type(own) in plain else own for own in layers])
