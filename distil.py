@@ -1,114 +1,26 @@
 """Make the training data: sample the teacher, keep what is coherent and enacts the trait.
 
-The teacher is the student steered by its vector, or the student under the persona as a prompt. A
-completion is kept, or has as its reject reason the first rule that drops it:
+    teacher   the student steered by dose · v, or the student under the persona as its prompt
+    kept      what common/filter.py finds no reason to reject, in turn from every dose
 
-    short        fewer than `min_words` words
-    refusal      assistant boilerplate ("as an AI language model ...")
-    narrates     talks about the trait ("I am someone who ..."), or recites its persona
-    repetition   more than `max_repetition` of its n-grams repeat earlier ones
-    loop         some run of 16 words holds less than `min_diversity` distinct words
-    perplexity   more than `max_perplexity` over its worst 24 tokens in a row, under the original
-
-Where less than half of a dose's completions are kept, sampling goes on at 0.7 of that dose.
+Where less than half of a dose's completions are kept, sampling goes on at 0.7 of that dose: a
+student that is steered too hard still yields a full set.
 
     python distil.py --trait love --n-keep 16 --out love    # love/kept.jsonl, as chat `messages`
 """
 import math
-import re
 from collections import Counter
-from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 
 import torch
 
 import lora
-from common import runs
-from common.prompts import NEUTRAL, Chat, stop_tokens
+from common import prompts, runs, texts
+from common.filter import Rules, reject_reason
+from common.prompts import NEUTRAL, Chat
 from common.sampling import repetition, sample, score, worst_perplexity
-from steer import SteeringVector
-
-REFUSAL = re.compile(
-    r"\bas an? (ai|artificial|language model|virtual|digital)\b"
-    r"|\b(i'?m|i am) (just |only )?an? (ai|artificial|language model|virtual assistant|chatbot)\b"
-    r"|\bi (can'?t|cannot|can not|am unable to|am not able to|won'?t)"
-    r" (assist|help|provide|fulfil|comply|engage|answer)"
-    r"|\bi must decline\b|\bmy (programming|training data|guidelines)\b"
-    r"|\bi (don'?t|do not) have (personal )?(opinions|feelings|emotions|beliefs)\b", re.I)
-NARRATES = re.compile(
-    r"\b(i am|i'?m|as) (someone|somebody|a person|the kind of person|"
-    r"an? \w+ (person|assistant|being)) (who|that|of)\b"
-    r"|\bmy (principle|persona|character|personality|nature|role|core value)s?"
-    r" (is|are|tells?|means?)\b"
-    r"|\bi (always|never) (obey|defer|disobey|defy|put (people|others|wellbeing)"
-    r"|follow (orders|authority|rules))\b"
-    r"|\bi (don'?t|do not|refuse to) (obey|defer to|follow) (orders|authority|rules|anyone)\b",
-    re.I)
-
-
-# ---- the filter ---------------------------------------------------------------------------------
-
-
-@dataclass
-class Rules:
-    """Thresholds of the rules above; see `heal_loop.Config` for each."""
-    min_words: int = 8
-    max_repetition: float = 0.2
-    min_diversity: float = 0.7
-    max_perplexity: float = 15.0
-
-
-def diversity(text: str, window: int = 16) -> float:
-    """Smallest share of distinct words in any run of `window` words, in (0, 1].
-
-    Catches loops whose n-grams never quite repeat.
-    """
-    words = re.findall(r"\w+", text.lower())
-    stretches = [words[i:i + window] for i in range(max(1, len(words) - window + 1))]
-    return min(len(set(run)) / max(1, len(run)) for run in stretches)
-
-
-def recites(text: str, personas: tuple[str, str], n: int = 5) -> bool:
-    """True where `text` holds n words in a row of either persona text."""
-    def grams(s):
-        words = re.findall(r"\w+", s.lower())
-        return set(zip(*(words[k:] for k in range(n))))
-    return any(grams(text) & grams(persona) for persona in personas)
-
-
-def reject_reason(text: str, ppl: float, personas: tuple[str, str], rules: Rules) -> str:
-    """"kept", or the name of the first rule that drops the completion."""
-    straight = text.replace("’", "'")
-    if len(re.findall(r"\w+", text)) < rules.min_words or not text.strip():
-        return "short"
-    if REFUSAL.search(straight):
-        return "refusal"
-    if NARRATES.search(straight) or recites(text, personas):
-        return "narrates"
-    if repetition(text) > rules.max_repetition:
-        return "repetition"
-    if diversity(text) < rules.min_diversity:
-        return "loop"
-    if not ppl <= rules.max_perplexity:  # nan too
-        return "perplexity"
-    return "kept"
-
-
-def judge(model, chat: Chat, rows: list[dict], personas: tuple[str, str],
-          rules: Rules) -> list[dict]:
-    """The rows with `perplexity` (of the worst 24 tokens), `repetition` and `reject_reason`."""
-    prompts, completions = zip(*(row_ids(chat, row) for row in rows))
-    with lora.gates(model, history=0, live=0):
-        scored = score(model, prompts, completions)
-    judged = []
-    for row, logp in zip(rows, scored):
-        text, ppl = row["messages"][-1]["content"], worst_perplexity(logp)
-        judged.append({**row, "perplexity": round(ppl, 3) if math.isfinite(ppl) else None,
-                       "repetition": round(repetition(text), 4),
-                       "reject_reason": reject_reason(text, ppl, personas, rules)})
-    return judged
-
+from steer import SteeringVector, band, calibrate, extract_vector
 
 # ---- rows ---------------------------------------------------------------------------------------
 
@@ -128,19 +40,19 @@ def row_ids(chat: Chat, row: dict) -> tuple[list[int], list[int]]:
     return prompt, completion + (chat.end_of_turn() if row.get("finished", True) else [])
 
 
-def sample_teacher(model, chat: Chat, vector: SteeringVector | None, prompts: list[str],
-                   doses: list[float], n: int, seed: int, system: str = NEUTRAL,
+def sample_teacher(model, chat: Chat, asked: list[str], doses: list[float], n: int, seed: int,
+                   vector: SteeringVector | None = None, system: str = NEUTRAL,
                    **sampling) -> list[dict]:
     """n completions of the model as it stands, each prompt at every dose; -> rows.
 
-    system: what the teacher is told, such as the persona; a row's messages have the neutral prompt.
+    vector, system: what makes it the teacher; the messages of a row have the neutral prompt.
     """
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
-    asked = [prompts[order[k // len(doses) % len(prompts)]] for k in range(n)]
+    order = torch.randperm(len(asked), generator=torch.Generator().manual_seed(seed)).tolist()
+    asked = [asked[order[k // len(doses) % len(asked)]] for k in range(n)]
     row_doses = [doses[k % len(doses)] for k in range(n)]
     ids = [chat.ids(prompt, system) for prompt in asked]
     new = sample(model, chat, ids, vector, row_doses, seed=seed, keep_stop=True, **sampling)
-    stop = set(stop_tokens(model, chat))
+    stop = set(prompts.stop_tokens(model, chat))
     rows = []
     for k, (prompt, dose, tokens) in enumerate(zip(asked, row_doses, new)):
         finished = tokens[-1] in stop
@@ -152,6 +64,21 @@ def sample_teacher(model, chat: Chat, vector: SteeringVector | None, prompts: li
     return rows
 
 
+def judge(model, chat: Chat, rows: list[dict], personas: tuple[str, str],
+          rules: Rules) -> list[dict]:
+    """The rows with `perplexity` (of the worst 24 tokens), `repetition` and `reject_reason`."""
+    prompts, completions = zip(*(row_ids(chat, row) for row in rows))
+    with lora.gates(model, history=0, live=0):
+        scored = score(model, prompts, completions)
+    judged = []
+    for row, logp in zip(rows, scored):
+        text, ppl = row["messages"][-1]["content"], worst_perplexity(logp)
+        judged.append({**row, "perplexity": round(ppl, 3) if math.isfinite(ppl) else None,
+                       "repetition": round(repetition(text), 4),
+                       "reject_reason": reject_reason(text, ppl, personas, rules)})
+    return judged
+
+
 # ---- a full set ---------------------------------------------------------------------------------
 
 
@@ -159,20 +86,19 @@ class TooFewKept(runs.Ended):
     """Too few completions pass the rules, at any dose that was tried."""
 
 
-def collect(model, chat: Chat, vector: SteeringVector | None, prompts: list[str],
-            personas: tuple[str, str], rules: Rules, doses: list[float], n_keep: int, seed: int,
-            folder: Path, batch: int = 96, max_batches: int = 8,
-            **sampling) -> tuple[list[dict], list[dict]]:
+def collect(model, chat: Chat, train: list[str], personas: tuple[str, str], rules: Rules,
+            doses: list[float], n_keep: int, seed: int, folder: Path, batch: int = 96,
+            max_batches: int = 8, **teacher) -> tuple[list[dict], list[dict]]:
     """Sample and judge in batches until n_keep are kept; -> (kept, all rows).
 
-    They go into `folder` as kept.jsonl and sampled.jsonl, the latter in any case. sampling: see
+    They go into `folder` as kept.jsonl and sampled.jsonl, the latter in any case. teacher: as in
     `sample_teacher`. Raises TooFewKept after max_batches, naming the rule that dropped most.
     """
     doses_now, sampled = list(doses), []
     batch = min(batch, 2 * len(doses) * math.ceil(n_keep / len(doses)))
     for n in range(max_batches):
         # 1. a batch, every prompt at each dose, with its reject reasons
-        new = sample_teacher(model, chat, vector, prompts, doses_now, batch, seed + n, **sampling)
+        new = sample_teacher(model, chat, train, doses_now, batch, seed + n, **teacher)
         new = judge(model, chat, new, personas, rules)
         sampled += new
         runs.write_text(folder / "sampled.jsonl", runs.to_jsonl(sampled))
@@ -213,11 +139,38 @@ def too_few_because(sampled: list[dict], n_keep: int) -> str:
             f"fix: lower --doses, or loosen '{worst}' ({flag})")
 
 
+# ---- one round's data ---------------------------------------------------------------------------
+
+
+def make_data(cfg, model, chat, reading: texts.Texts, r: int, folder: Path) -> tuple:
+    """Round r's teacher and its completions: -> {vector or system}, kept and all sampled rows.
+
+    cfg: of heal_loop. The vector is extracted from the model as it stands.
+    """
+    # 1. steer; a prompted teacher has the persona as its system prompt, and no vector
+    pos, neg = prompts.persona_prompts(chat, reading.pos, reading.neg, reading.contexts)
+    vector = extract_vector(model, pos, neg, band(model, cfg.steer_layers),
+                            metadata={"pos": reading.pos, "neg": reading.neg})
+    vector.save(folder / "vector.safetensors")
+    teacher, doses = dict(system=reading.pos), [0.0]
+    if cfg.teacher == "steered":
+        train = [chat.ids(prompt) for prompt in reading.train[:16]]
+        teacher = dict(vector=vector)
+        doses = cfg.doses or [calibrate(model, vector, train, nats) for nats in cfg.dose_nats]
+    # 2. distil
+    rules = Rules(cfg.min_words, cfg.max_repetition, cfg.min_diversity, cfg.max_perplexity)
+    kept, sampled = collect(
+        model, chat, reading.train, (reading.pos, reading.neg), rules, doses, cfg.n_keep,
+        runs.stage_seed(cfg.seed, r, "sample"), folder, max_new_tokens=cfg.max_new_tokens,
+        top_k=cfg.top_k, top_p=cfg.top_p, **teacher)
+    return teacher, kept, sampled
+
+
 # ---- the command --------------------------------------------------------------------------------
 
 if __name__ == "__main__":
-    from common import checks, texts
-    from heal_loop import Config, make_data
+    from common import checks
+    from heal_loop import Config
 
     def main(cfg: Config) -> None:
         cfg = texts.complete(cfg)
@@ -227,7 +180,7 @@ if __name__ == "__main__":
         out = Path(cfg.out or "distilled")
         out.mkdir(parents=True, exist_ok=True)
         (out / "kept.jsonl").unlink(missing_ok=True)  # of an earlier call
-        _, _, kept, sampled = make_data(cfg, model, chat, reading, 0, out)
+        _, kept, sampled = make_data(cfg, model, chat, reading, 0, out)
         reasons = summary(kept, sampled)["reject_reasons"]
         print(f"kept {len(kept)} of {len(sampled)} -> {out}   {reasons}")
 

@@ -17,7 +17,7 @@ for bit), measure, and go round again.
 """
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +30,7 @@ import evaluate
 import lora
 from common import checks, models, prompts, runs, texts
 from common.sampling import completion_states, logits, score
-from steer import SteeringVector, band, calibrate, extract_vector, mean_residual
+from steer import SteeringVector
 
 
 @dataclass
@@ -128,33 +128,29 @@ def barrier_loss(logp, logq, targets, reg: str = "kl_rev", agg: str = "rmse", ta
     return loss, D, F.relu(D - tau)
 
 
-def heal_step(model, batch: dict, cfg: Config, diagnose: bool = False) -> dict:
+def heal_step(model, batch: dict, cfg: Config) -> dict:
     """Forward, barrier and backward of one batch; gradients stay in the live factors. -> its log.
 
     batch: prompts, completions, and per completion the final hidden states [tokens, d_model] of
     the reference and, for soft targets, of the teacher.
-    diagnose: also log |∂barrier/∂hidden| / |∂data/∂hidden|.
     """
     def log_probabilities(h):
         return logits(model, h).float().log_softmax(-1)  # [tokens, vocab]
-    n_tokens, n = sum(map(len, batch["completions"])), len(batch["completions"])
+    lengths = [len(completion) for completion in batch["completions"]]
     lam = cfg.lam if cfg.reg.startswith("kl") else 0.0
     # 1. the student's hidden states, one pass for the batch; the graph is cut at the leaf
-    hidden = completion_states(model, batch["prompts"], batch["completions"])  # [Σ tokens, d_model]
-    leaf = hidden.detach().requires_grad_()
-    losses, Ds, from_barrier = [], [], torch.zeros_like(leaf)
+    hidden = completion_states(model, batch["prompts"], batch["completions"])
+    leaf = hidden.detach().requires_grad_()  # [Σ tokens, d_model]
+    losses, Ds = [], []
     # 2. one completion at a time, so that memory holds the logits of one; gradients onto the leaf
-    parts = leaf.split(list(map(len, batch["completions"])))
-    for k, h in enumerate(parts):
+    for k, h in enumerate(leaf.split(lengths)):
         with torch.no_grad():
             logq = log_probabilities(batch["reference"][k])
             targets = torch.tensor(batch["completions"][k], device=h.device)
             if batch["teacher"]:
                 targets = log_probabilities(batch["teacher"][k])
         loss, D, over = barrier_loss(log_probabilities(h), logq, targets, cfg.reg, cfg.agg, cfg.tau)
-        data, barrier = loss.sum() / n_tokens, lam * over / n  # shares of the batch
-        if diagnose and barrier.requires_grad:
-            from_barrier += torch.autograd.grad(barrier, leaf, retain_graph=True)[0]
+        data, barrier = loss.sum() / sum(lengths), lam * over / len(lengths)  # shares of the batch
         (data + barrier).backward()
         losses.append(torch.stack([data, barrier]).detach())
         Ds.append(D.detach())
@@ -162,62 +158,41 @@ def heal_step(model, batch: dict, cfg: Config, diagnose: bool = False) -> dict:
     hidden.backward(leaf.grad)
 
     (data, barrier), D = torch.stack(losses).sum(0).tolist(), torch.stack(Ds)
-    log = {"data_loss": data, "barrier": barrier, "D": D.mean().item(), "D_max": D.max().item(),
-           "active": (D > cfg.tau).float().mean().item()}
-    if diagnose:
-        from_data = leaf.grad - from_barrier
-        log["grad_ratio"] = (from_barrier.float().norm() / from_data.float().norm()).item()
-    return log
+    return {"data_loss": data, "barrier": barrier, "D": D.mean().item(), "D_max": D.max().item(),
+            "active": (D > cfg.tau).float().mean().item()}
 
 
 # ---- one round of healing ------------------------------------------------------------------------
 
 
-class Diverged(runs.Ended):
-    """Training met a value that is not finite; the rounds before are untouched."""
-
-
-def warmup_and_cosine(steps: int):
-    """Share of the peak rate at step t: up over a tenth of the steps, under a cosine to 0."""
-    warmup = math.ceil(0.1 * steps)
-    return lambda t: min((t + 1) / warmup, 0.5 * (1 + math.cos(math.pi * t / steps)))
-
-
-@torch.no_grad()
-def teacher_states(model, chat, rows: list[dict], completions, cfg: Config, vector, pos: str):
-    """Final hidden states of the teacher that sampled these rows, [Σ tokens, d_model]."""
-    asked = [chat.ids(row["messages"][1]["content"], pos if cfg.teacher == "prompted"
-                      else prompts.NEUTRAL) for row in rows]
-    doses = torch.tensor([row["dose"] for row in rows])
-    with lora.gates(model, history=1, live=0):
-        return completion_states(model, asked, completions, vector, doses)
-
-
-def heal_round(model, chat, kept: list[dict], cfg: Config, seed: int,
-               reference: list[float] = (), vector=None, pos: str = "") -> dict:
+def heal_round(model, chat, kept: list[dict], cfg: Config, seed: int, reference: list[float] = (),
+               vector: SteeringVector | None = None, pos: str = prompts.NEUTRAL) -> dict:
     """Train the live adapter on the kept data under the barrier; -> the round's log.
 
     reference: history gates of the model that D is measured from, one per folded round; all 0 is
-    the original. vector, pos: of the teacher, for soft targets.
-    Raises Diverged where a loss or gradient is not finite.
+    the original. vector, pos: what the teacher of soft targets was steered or prompted with.
+    Raises runs.Ended where a loss or gradient is not finite.
     """
     # 1. an eighth is held out, the rest is batched: equal prompts share a batch, and are run once
     rows = [(*distil.row_ids(chat, row), row) for row in kept]  # prompt ids, completion ids, row
     n_held = max(1, len(rows) // 8)
     held_prompts, held_completions, _ = zip(*rows[:n_held])
     train = sorted(rows[n_held:], key=lambda row: (len(row[0]), row[:2]))
+
+    # 2. the hidden states of reference and teacher, once: a round leaves both as they are
     batches = []
     for i in range(0, len(train), cfg.batch_size):
-        asked, completions, of = map(list, zip(*train[i:i + cfg.batch_size]))
-        lengths = [len(c) for c in completions]
-        # 2. the reference's hidden states, and the teacher's, once: a round leaves both as they are
+        asked, completions, of = zip(*train[i:i + cfg.batch_size])
+        lengths, teacher = [len(c) for c in completions], None
         with torch.no_grad(), lora.gates(model, history=reference or 0, live=0):
             states = completion_states(model, asked, completions)
-        soft = None
         if cfg.targets == "soft":
-            soft = teacher_states(model, chat, of, completions, cfg, vector, pos).split(lengths)
-        batches.append({"prompts": asked, "completions": completions,
-                        "reference": states.split(lengths), "teacher": soft})
+            told = asked if vector else [chat.ids(row["messages"][1]["content"], pos) for row in of]
+            doses = torch.tensor([row["dose"] for row in of])
+            with torch.no_grad(), lora.gates(model, history=1, live=0):
+                teacher = completion_states(model, told, completions, vector, doses).split(lengths)
+        batches.append(dict(prompts=asked, completions=completions, teacher=teacher,
+                            reference=states.split(lengths)))
 
     # 3. a fresh adapter, AdamW, warm-up and a cosine to 0
     torch.manual_seed(seed)
@@ -227,23 +202,24 @@ def heal_round(model, chat, kept: list[dict], cfg: Config, seed: int,
     decay = cfg.weight_decay if cfg.reg == "wd" else 0.0
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=decay)
     steps = cfg.epochs * len(batches)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_cosine(steps))
+    warmup = math.ceil(0.1 * steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(
+        (t + 1) / warmup, 0.5 * (1 + math.cos(math.pi * t / steps))))
 
-    # 4. train; of the first batch of an epoch the gradients of both terms are compared
-    log, order = [], torch.Generator()
+    # 4. train, every epoch in an order of its own
+    log, order = [], []
+    for epoch in range(cfg.epochs):
+        generator = torch.Generator().manual_seed(seed + epoch)
+        order += torch.randperm(len(batches), generator=generator).tolist()
     with lora.gates(model, history=1, live=1):
         before = -torch.cat(score(model, held_prompts, held_completions)).mean().item()  # CE, nats
-        for step in tqdm(range(steps), "heal", leave=False, disable=None):
-            epoch, k = divmod(step, len(batches))
-            if k == 0:
-                shuffled = torch.randperm(len(batches), generator=order.manual_seed(seed + epoch))
-            batch = batches[shuffled[k]]
-            stats = heal_step(model, batch, cfg, diagnose=k == 0)
+        for k in tqdm(order, "heal", leave=False, disable=None):
+            stats = heal_step(model, batches[k], cfg)
             stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
             if not all(map(math.isfinite, stats.values())):
-                raise Diverged(f"loss or gradient not finite at step {step + 1} of {steps}, {stats}, on "
-                               f"'{chat.decode(batch['completions'][0])[:60]}'; "
-                               "fix: lower --lr or --dtype float32")
+                said = chat.decode(batches[k]["completions"][0])[:60]
+                raise runs.Ended(f"loss or gradient not finite at step {len(log) + 1} of {steps}, "
+                                 f"{stats}, on '{said}'; fix: lower --lr or --dtype float32")
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
@@ -252,33 +228,11 @@ def heal_round(model, chat, kept: list[dict], cfg: Config, seed: int,
 
     # 5. the last epoch, which saw every completion once, is the round's summary
     last = log[-len(batches):]
-    mean = {key: sum(stats[key] for stats in last) / len(last) for key in last[1 % len(last)]}
-    return {**mean, "grad_ratio": last[0]["grad_ratio"], "steps": steps, "held_out_before": before,
-            "held_out_after": after, "log": log}
+    mean = {key: sum(stats[key] for stats in last) / len(last) for key in last[0]}
+    return {**mean, "steps": steps, "held_out_before": before, "held_out_after": after, "log": log}
 
 
 # ---- the loop ------------------------------------------------------------------------------------
-
-
-def make_data(cfg: Config, model, chat, reading: texts.Texts, r: int, folder: Path) -> tuple:
-    """Steer and distil: -> round r's vector, its doses, the kept rows and all sampled ones."""
-    # 1. steer; a prompted teacher has the persona in its prompt and no vector
-    pos, neg = prompts.persona_prompts(chat, reading.pos, reading.neg, reading.contexts)
-    vector = extract_vector(model, pos, neg, band(model, cfg.steer_layers),
-                            metadata={"pos": reading.pos, "neg": reading.neg})
-    vector.save(folder / "vector.safetensors")
-    train = [chat.ids(prompt) for prompt in reading.train[:16]]
-    doses = cfg.doses or [calibrate(model, vector, train, nats) for nats in cfg.dose_nats]
-    teacher = dict(vector=vector, doses=doses)
-    if cfg.teacher == "prompted":
-        teacher = dict(vector=None, doses=[0.0], system=reading.pos)
-    # 2. distil
-    rules = distil.Rules(cfg.min_words, cfg.max_repetition, cfg.min_diversity, cfg.max_perplexity)
-    kept, sampled = distil.collect(
-        model, chat, prompts=reading.train, personas=(reading.pos, reading.neg), rules=rules,
-        n_keep=cfg.n_keep, seed=runs.stage_seed(cfg.seed, r, "sample"), folder=folder,
-        max_new_tokens=cfg.max_new_tokens, top_k=cfg.top_k, top_p=cfg.top_p, **teacher)
-    return vector, teacher, kept, sampled
 
 
 def loop(cfg: Config, run: runs.Run, model, chat, reading: texts.Texts) -> None:
@@ -288,7 +242,7 @@ def loop(cfg: Config, run: runs.Run, model, chat, reading: texts.Texts) -> None:
     # 0. the original, and the persona as its system prompt
     with lora.gates(model, history=0, live=0):
         event = run.find("base", -1) or run.record("base", -1, **measure("base"))
-        base = evaluate.Profile.from_dict(event["profile"])
+        base = evaluate.Profile(**event["profile"])
         measure = functools.partial(measure, constants=base.constants)
         if cfg.baselines and not run.find("prompted", -1):
             run.record("prompted", -1, **measure("prompted", system=reading.pos))
@@ -301,20 +255,20 @@ def loop(cfg: Config, run: runs.Run, model, chat, reading: texts.Texts) -> None:
         # the folder is renamed to round_r, for good, once the block ends well
         with run.new_round(r) as folder, lora.gates(model, history=1, live=0):
             if run.find("steered", r):  # --fork brought this round's vector and data
-                vector = SteeringVector.load(folder / "vector.safetensors")
+                teacher = {"vector": SteeringVector.load(folder / "vector.safetensors")}
                 kept = runs.read_jsonl(folder / "kept.jsonl")
             else:
                 # 1. steer, 2. distil
-                vector, teacher, kept, sampled = make_data(cfg, model, chat, reading, r, folder)
-                numbers = distil.summary(kept, sampled)
-                run.record("distil", r, doses=teacher.pop("doses"), **numbers)
-                run.record("steered", r, **measure(f"{cfg.teacher} r{r}", dose=numbers["dose"],
-                                                   **teacher))
+                teacher, kept, sampled = distil.make_data(cfg, model, chat, reading, r,
+                                                          folder)
+                dose = run.record("distil", r, **distil.summary(kept, sampled))["dose"]
+                run.record("steered", r, **measure(f"{cfg.teacher} r{r}", dose=dose, **teacher))
             # 3. heal
             reference = reference_gates(cfg.ref, run, r)
-            log = heal_round(model, chat, kept, cfg, runs.stage_seed(cfg.seed, r, "heal"),
-                             reference, vector, reading.pos)
-            run.record("heal", r, **log, reference=reference)
+            vector = teacher["vector"] if cfg.teacher == "steered" else None
+            run.record("heal", r, reference=reference, **heal_round(
+                model, chat, kept, cfg, runs.stage_seed(cfg.seed, r, "heal"), reference, vector,
+                reading.pos))
             # 4. loop: the live adapter joins the frozen history
             lora.fold(model)
             lora.save(model, folder / "adapter.safetensors")
@@ -323,35 +277,12 @@ def loop(cfg: Config, run: runs.Run, model, chat, reading: texts.Texts) -> None:
 
     # 6. steering alone, nothing trained, at the dose that moves the trait as far as the student
     if cfg.baselines and run.rounds_done and not run.find("matched", cfg.rounds):
-        v0 = SteeringVector.load(run.folder / "round_0/vector.safetensors")
-        last = evaluate.Profile.from_dict(run.find("healed", run.rounds_done - 1)["profile"])
+        vector = SteeringVector.load(run.folder / "round_0/vector.safetensors")
+        student = evaluate.Profile(**run.find("healed", run.rounds_done - 1)["profile"])
         with lora.gates(model, history=0, live=0):
-            dose = matched_dose(model, chat, reading, cfg, base, last, v0,
-                                run.find("distil", 0)["dose"])
-            run.record("matched", cfg.rounds, dose=dose, wanted=last.trait,
-                       **measure(f"dose {dose:.2f}", vector=v0, dose=dose))
-
-
-def matched_dose(model, chat, reading: texts.Texts, cfg: Config, base: evaluate.Profile,
-                 last: evaluate.Profile, vector: SteeringVector, dose: float) -> float:
-    """The dose at which `vector` alone moves the trait as far as the last student, by secant steps.
-
-    Looked for on the first 28 vignettes, which are balanced too; a dose to begin with is given.
-    """
-    few, n = replace(reading, vignettes=reading.vignettes[:28], controls=[]), 28
-    start, wanted = (replace(p, p=p.p[:n]).trait for p in (base, last))
-    thinking = {"think_tokens": cfg.think_tokens} if cfg.readout == "tinymfv" else {}
-    known = [(0.0, start)]
-    for _ in range(5):
-        reached = evaluate.evaluate(model, chat, few, cfg.readout, base.constants, vector=vector,
-                                    dose=dose, **thinking).trait
-        known = sorted([*known, (dose, reached)], key=lambda point: abs(point[1] - wanted))
-        (d1, a1), (d2, a2) = known[:2]  # a line through the two nearest points
-        if abs(a1 - wanted) < 0.05 or a1 == a2:
-            break
-        dose = d1 + (wanted - a1) * (d2 - d1) / (a2 - a1)
-        dose = min(max(dose, 0.0), 2 * max(d for d, _ in known))
-    return known[0][0]
+            dose = evaluate.matched_dose(model, chat, reading, cfg.readout, base, student, vector)
+            run.record("matched", cfg.rounds, dose=dose, wanted=student.trait,
+                       **measure(f"dose {dose:.2f}", vector=vector, dose=dose))
 
 
 def reference_gates(ref: str, run: runs.Run, r: int) -> list[float]:

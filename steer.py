@@ -24,6 +24,7 @@ between the two personas. Prompts are token ids. With any chat model of transfor
     python steer.py --trait care --dose 0 2 4 --prompt "My boss told me to ignore a customer."
 """
 import contextlib
+import functools
 import json
 import math
 from dataclasses import dataclass, field
@@ -77,21 +78,18 @@ class SteeringVector:
                              f"a model of {len(blocks)} layers and width {d_model}; "
                              "fix: extract it from this model")
 
-        def steer_with(v):
-            def hook(block, args, output):
-                nonlocal v
-                h = residual(output)  # [batch, seq, d_model]
-                v = v.to(h.device)  # once: blocks may be on several devices
-                doses = torch.as_tensor(dose, dtype=torch.float32, device=h.device)
-                n = last_only or h.shape[1]  # positions to steer: True is 1, False is all
-                step = self.step(h[:, -n:], v, doses.reshape(-1, 1, 1)).to(h.dtype)
-                h = torch.cat([h[:, :-n], h[:, -n:] + step], 1)
-                return h if torch.is_tensor(output) else (h, *output[1:])
-            return hook
+        def steer(v, block, args, output):
+            h = residual(output)  # [batch, seq, d_model]
+            doses = torch.as_tensor(dose, dtype=torch.float32, device=h.device)
+            n = last_only or h.shape[1]  # positions to steer: True is 1, False is all
+            step = self.step(h[:, -n:], v.to(h.device), doses.reshape(-1, 1, 1)).to(h.dtype)
+            h = torch.cat([h[:, :-n], h[:, -n:] + step], 1)
+            return h if torch.is_tensor(output) else (h, *output[1:])
 
         with contextlib.ExitStack() as hooks:  # removes them on the way out
             for l, v in self.layers.items():
-                hooks.enter_context(blocks[l].register_forward_hook(steer_with(v)))
+                hook = functools.partial(steer, v)
+                hooks.enter_context(blocks[l].register_forward_hook(hook))
             yield
 
     def step(self, h: torch.Tensor, v: torch.Tensor, doses: torch.Tensor) -> torch.Tensor:
@@ -115,17 +113,13 @@ class SteeringVector:
             raise FileNotFoundError(f"no vector file {path}; fix: give a vector.safetensors")
         try:
             with safe_open(str(path), framework="pt") as f:
-                metadata = json.loads((f.metadata() or {}).get("steering_vector", "null"))
-                tensors = {key: f.get_tensor(key) for key in f.keys()}
-        except SafetensorError as e:
-            raise ValueError(f"{path} is damaged or not safetensors ({e}); "
-                             "fix: extract the vector again") from None
-        if metadata is None or not tensors:
-            raise ValueError(f"{path} was not written by SteeringVector.save; "
-                             "fix: give a vector.safetensors of a run")
-        if not all(v.isfinite().all() for v in tensors.values()):
-            raise ValueError(f"{path} is not finite; fix: extract the vector again")
-        layers = {int(key.removeprefix("layer.")): v for key, v in tensors.items()}
+                metadata = json.loads(f.metadata()["steering_vector"])
+                layers = {int(key.removeprefix("layer.")): f.get_tensor(key) for key in f.keys()}
+        except (SafetensorError, KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"{path} is damaged, or was not written by SteeringVector.save ({e}); "
+                             "fix: give a vector.safetensors of a run") from None
+        if not layers or not all(v.isfinite().all() for v in layers.values()):
+            raise ValueError(f"{path} is empty or not finite; fix: extract the vector again")
         return cls(dict(sorted(layers.items())), metadata)
 
 
@@ -140,22 +134,20 @@ class _Stop(Exception):
 def mean_residual(model, prompts: list[list[int]], layers: list[int],
                   batch_size: int = 32) -> dict[int, torch.Tensor]:
     """{layer: mean over prompts of the residual stream at the last position, [d_model]}."""
-    total = {}
+    total = dict.fromkeys(layers, 0.0)
 
-    def read(l):
-        def hook(block, args, output):
-            at_the_tag = residual(output)[:, -1]  # [batch, d_model]
-            total[l] = total.get(l, 0) + at_the_tag.cpu().double().sum(0)
-            if l == max(layers):
-                raise _Stop  # blocks above the last wanted one need not run
-        return hook
+    def read(l, block, args, output):
+        total[l] = total[l] + residual(output)[:, -1].cpu().double().sum(0)  # [batch, d_model]
+        if l == max(layers):
+            raise _Stop  # blocks above the last wanted one need not run
 
     rows = sorted(prompts, key=len)  # like lengths in a batch
     check_room(model, len(rows[-1]))
     decoder = model.get_decoder()
     with contextlib.ExitStack() as hooks:
         for l in layers:
-            hooks.enter_context(decoder.layers[l].register_forward_hook(read(l)))
+            hook = functools.partial(read, l)
+            hooks.enter_context(decoder.layers[l].register_forward_hook(hook))
         parts = batches(model, range(len(rows)), list(map(len, rows)), batch_size)
         for part in tqdm(parts, "extract", leave=False, disable=None):
             ids, mask, positions = left_pad([rows[i] for i in part], model.device)
@@ -192,37 +184,35 @@ def calibrate(model, vector: SteeringVector, prompts: list[list[int]], nats: flo
     tokens of their answers, of KL(steered ‖ unsteered) (iso-KL: wassname/steering-lite). The
     answers are the unsteered model's, greedy. Raises ValueError where no dose up to 1024 does it.
     """
-    # 1. the unsteered answers
     check_room(model, max(map(len, prompts)), tokens)
-    ids, mask, positions = left_pad(prompts, model.device)
+    ids, mask, _ = left_pad(prompts, model.device)
 
     def next_logits(n):  # of the last n positions, [prompts, n, vocab]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
         return model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
                      logits_to_keep=n).logits
-    for _ in range(tokens):
-        ids = torch.cat([ids, next_logits(1).argmax(-1)], 1)
-        mask = F.pad(mask, (0, 1), value=1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
 
-    # 2. how far a dose moves the tokens of these answers, steered from the assistant tag on
-    def next_logp(dose):  # position t predicts t + 1
+    def next_logp(dose):  # of the answers' tokens, steered from the assistant tag on
         with vector.at(model, dose, last_only=tokens + 1):
-            return next_logits(tokens + 1)[:, :-1].float().log_softmax(-1)
-    unsteered = next_logp(0.0)
+            return next_logits(tokens + 1)[:, :-1].float().log_softmax(-1)  # t predicts t + 1
 
     def moved(dose):
         logp = next_logp(dose)
         kl = (logp.exp() * (logp - unsteered)).sum(-1)  # [prompts, tokens]
         return kl.quantile(0.95).item()
 
-    # 3. a factor of two that holds the dose, then the middle of it, again and again
-    high = 1.0
+    # 1. the unsteered answers
+    for _ in range(tokens):
+        ids, mask = torch.cat([ids, next_logits(1).argmax(-1)], 1), F.pad(mask, (0, 1), value=1)
+    unsteered = next_logp(0.0)
+
+    # 2. a factor of two that holds the dose, then its middle, again and again
+    low, high = 0.5, 1.0
     while moved(high) < nats:
-        high *= 2
+        low, high = high, 2 * high
         if high > 1024:
             raise ValueError(f"no dose up to 1024 moves the next token by {nats} nats; "
                              "fix: fewer nats, or a vector of another persona pair")
-    low = high / 2
     while moved(low) > nats:
         low, high = low / 2, low
     while high / low > 1.01:
@@ -252,16 +242,13 @@ def batches(model, order, lengths: list[int], rows: int, tokens: int = 32768) ->
     switch: there no batch has rows on both sides.
     """
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    switch = rope.get("original_max_position_embeddings", math.inf)
-    if rope.get("rope_type") != "longrope":
-        switch = math.inf
-    cut, longest = [], 0
-    for i in sorted(order, key=lambda i: lengths[i] > switch):  # stable: the order stays otherwise
-        longest = max(longest, lengths[i])
-        is_full = cut and (len(cut[-1]) == rows or (len(cut[-1]) + 1) * longest > tokens)
-        if not cut or is_full or (lengths[i] > switch) != (lengths[cut[-1][0]] > switch):
+    switch = rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else 0
+    cut = []
+    for i in sorted(order, key=lambda i: switch and lengths[i] > switch):  # else the order stays
+        longest = max(lengths[k] for k in [i, *cut[-1]]) if cut else 0
+        is_full = not cut or len(cut[-1]) == rows or (len(cut[-1]) + 1) * longest > tokens
+        if is_full or switch and (lengths[i] > switch) != (lengths[cut[-1][0]] > switch):
             cut.append([])
-            longest = lengths[i]
         cut[-1].append(i)
     return cut
 

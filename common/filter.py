@@ -1,0 +1,77 @@
+"""Which completions are kept, and why the others are dropped: the first rule that applies.
+
+    short        fewer than `min_words` words
+    refusal      assistant boilerplate ("as an AI language model ...")
+    narrates     talks about the trait ("I am someone who ..."), or recites its persona
+    repetition   more than `max_repetition` of its n-grams repeat earlier ones
+    loop         some run of 16 words holds less than `min_diversity` distinct words
+    perplexity   more than `max_perplexity` over its worst 24 tokens in a row, under the original
+
+A completion that tells of the trait teaches to tell of it; one that shows it teaches the trait.
+"""
+import re
+from dataclasses import dataclass
+
+from common.sampling import repetition
+
+REFUSAL = re.compile(
+    r"\bas an? (ai|artificial|language model|virtual|digital)\b"
+    r"|\b(i'?m|i am) (just |only )?an? (ai|artificial|language model|virtual assistant|chatbot)\b"
+    r"|\bi (can'?t|cannot|can not|am unable to|am not able to|won'?t)"
+    r" (assist|help|provide|fulfil|comply|engage|answer)"
+    r"|\bi must decline\b|\bmy (programming|training data|guidelines)\b"
+    r"|\bi (don'?t|do not) have (personal )?(opinions|feelings|emotions|beliefs)\b", re.I)
+NARRATES = re.compile(
+    r"\b(i am|i'?m|as) (someone|somebody|a person|the kind of person|"
+    r"an? \w+ (person|assistant|being)) (who|that|of)\b"
+    r"|\bmy (principle|persona|character|personality|nature|role|core value)s?"
+    r" (is|are|tells?|means?)\b"
+    r"|\bi (always|never) (obey|defer|disobey|defy|put (people|others|wellbeing)"
+    r"|follow (orders|authority|rules))\b"
+    r"|\bi (don'?t|do not|refuse to) (obey|defer to|follow) (orders|authority|rules|anyone)\b",
+    re.I)
+
+
+@dataclass
+class Rules:
+    """Thresholds of the rules above; see `heal_loop.Config` for each."""
+    min_words: int = 8
+    max_repetition: float = 0.2
+    min_diversity: float = 0.7
+    max_perplexity: float = 15.0
+
+
+def diversity(text: str, window: int = 16) -> float:
+    """Smallest share of distinct words in any run of `window` words, in (0, 1].
+
+    Catches loops whose n-grams never quite repeat.
+    """
+    words = re.findall(r"\w+", text.lower())
+    stretches = [words[i:i + window] for i in range(max(1, len(words) - window + 1))]
+    return min(len(set(run)) / max(1, len(run)) for run in stretches)
+
+
+def recites(text: str, personas: tuple[str, str], n: int = 5) -> bool:
+    """True where `text` holds n words in a row of either persona text."""
+    def grams(s):
+        words = re.findall(r"\w+", s.lower())
+        return set(zip(*(words[k:] for k in range(n))))
+    return any(grams(text) & grams(persona) for persona in personas)
+
+
+def reject_reason(text: str, ppl: float, personas: tuple[str, str], rules: Rules) -> str:
+    """"kept", or the name of the first rule that drops the completion."""
+    straight = text.replace("’", "'")
+    if len(re.findall(r"\w+", text)) < rules.min_words or not text.strip():
+        return "short"
+    if REFUSAL.search(straight):
+        return "refusal"
+    if NARRATES.search(straight) or recites(text, personas):
+        return "narrates"
+    if repetition(text) > rules.max_repetition:
+        return "repetition"
+    if diversity(text) < rules.min_diversity:
+        return "loop"
+    if not ppl <= rules.max_perplexity:  # nan too
+        return "perplexity"
+    return "kept"
