@@ -166,22 +166,6 @@ def make_data(cfg, model, chat, reading: texts.Texts, r: int, folder: Path) -> t
     return teacher, kept, sampled
 
 
-# ---- the command --------------------------------------------------------------------------------
-
 if __name__ == "__main__":
-    from common import checks
-    from heal_loop import Config
-
-    def main(cfg: Config) -> None:
-        cfg = texts.complete(cfg)
-        reading = texts.read(cfg)
-        model, chat = checks.load(cfg.model, cfg.device, cfg.dtype, cfg.date)
-        lora.attach(model)
-        out = Path(cfg.out or "distilled")
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "kept.jsonl").unlink(missing_ok=True)  # of an earlier call
-        _, kept, sampled = make_data(cfg, model, chat, reading, 0, out)
-        reasons = summary(kept, sampled)["reject_reasons"]
-        print(f"kept {len(kept)} of {len(sampled)} -> {out}   {reasons}")
-
-    runs.cli(Config, main)
+    from tools.commands import RunConfig, cli, write_data
+    cli(RunConfig, write_data)

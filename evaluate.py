@@ -18,25 +18,19 @@ up, `probe` for any trait at all.
 import math
 import warnings
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import scipy.stats
-from tabulate import tabulate
 
-import lora
-from common import checks, models, runs, texts
+from common import texts
 from common.generation import generate
 from common.prompts import Chat
 from common.readouts import cloze, probe, tinymfv
-from common.texts import FOUNDATIONS
+from common.texts import FOUNDATIONS, NATS
 from steer import SteeringVector
 
 COHERENCE_FLOOR = 0.85  # below it a model has collapsed, and coh_cost has no value
 MIN_SHIFT = 0.05  # nats; where the trait moved less, coh_cost has no value
-NATS = ["care_nats", "fairness_nats", "loyalty_nats", "auth_nats", "sanctity_nats", "liberty_nats",
-        "norms_nats"]  # the metric of each column of p, in the order of FOUNDATIONS
 
 
 # ---- what one model answers ---------------------------------------------------------------------
@@ -249,38 +243,6 @@ def surgicality(base: Profile, after: Profile) -> Estimate:
     return paired(margin, base, after)
 
 
-# ---- the command --------------------------------------------------------------------------------
-
-
-@dataclass
-class Config:
-    model: str = models.EMBEDDED  # smollm2, a local folder, or a hub id
-    device: str = "auto"  # auto, cuda, mps or cpu
-    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bfloat16 where native
-    adapter: tuple[Path, ...] = ()  # adapter.safetensors of every round of the student, in order
-    vector: Path | None = None  # vector.safetensors of a round: the steered model, at --dose
-    dose: runs.Finite = 1.0  # of --vector
-    trait: str = "care"  # a trait of data/traits, or a file such as my.json
-    readout: Literal["cloze", "tinymfv", "probe"] | None = None  # default: the trait's own
-    vignettes: Path = texts.DATA / "vignettes.json"  # or tinymfv:classic
-    n_vignettes: int = 0  # how many, balanced over the foundations; 0 is all
-
-
-def main(cfg: Config) -> None:
-    cfg = texts.complete(cfg)
-    reading = texts.read(cfg)
-    vector = SteeringVector.load(cfg.vector) if cfg.vector else None
-    model, chat = checks.load(cfg.model, cfg.device, cfg.dtype)
-    base = evaluate(model, chat, reading, cfg.readout)
-    columns = {"original": base}
-    if cfg.adapter or vector:
-        lora.load(model, cfg.adapter)
-        columns["changed"] = evaluate(model, chat, reading, cfg.readout, base.constants,
-                                      vector=vector, dose=cfg.dose)
-    summaries = [profile.summary() for profile in columns.values()]
-    rows = [[metric, *(summary[metric] for summary in summaries)] for metric in base.summary()]
-    print(tabulate(rows, ["", *columns], floatfmt=".4f"))
-
-
 if __name__ == "__main__":
-    runs.cli(Config, main)
+    from tools.commands import EvaluateConfig, cli, print_profile
+    cli(EvaluateConfig, print_profile)

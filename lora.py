@@ -129,11 +129,7 @@ def attach(model, rank: int = 16, alpha: float = 32.0, layers: tuple[float, floa
         raise ValueError(f"layers {layers[0]} {layers[1]} must be fractions of the depth, "
                          "0 <= from < to <= 1; fix: such as 0.2 0.8")
     if blocks is None:
-        try:
-            blocks = model.get_decoder().layers  # of a multimodal checkpoint, its text model's
-        except AttributeError:
-            raise ValueError(f"{type(model).__name__} has no get_decoder().layers; "
-                             "fix: attach(model, blocks=[its blocks, in order])") from None
+        blocks = model.get_decoder().layers  # of a multimodal checkpoint, its text model's
 
     # 1. every linear in the chosen blocks, but no subclass: it may compute something else
     chosen = blocks[round(layers[0] * len(blocks)): round(layers[1] * len(blocks))]
@@ -142,16 +138,14 @@ def attach(model, rank: int = 16, alpha: float = 32.0, layers: tuple[float, floa
              and type(m) is nn.Linear and (not targets or name.rpartition(".")[2] in targets)]
 
     # 2. what else multiplies in there is named
-    reached = {f"{name}.weight" for name in names}
     sizes = {key: p.numel() for key, p in model.named_parameters()
              if p.ndim > 1 and id(model.get_submodule(key.rpartition(".")[0])) in inside}
-    others = [key for key in sizes if key not in reached]
+    others = [key for key in sizes if key.removesuffix(".weight") not in names]
     if not names:
-        raise ValueError(f"no nn.Linear named {targets or 'anything'} in blocks {layers} of "
-                         f"{len(blocks)}, only {', '.join(others) or 'nothing'}; "
-                         "fix: other targets or layers")
+        raise ValueError(f"no nn.Linear named {targets or 'anything'} in blocks {layers}, only "
+                         f"{', '.join(others) or 'nothing'}; fix: other targets or layers")
     if others and not targets:
-        share = sum(sizes[key] for key in reached) / sum(sizes.values())
+        share = 1 - sum(sizes[key] for key in others) / sum(sizes.values())
         warnings.warn(f"LoRA reaches {share:.0%} of the weights in its blocks; not nn.Linear, "
                       f"and left as they are: {', '.join(others)}", stacklevel=2)
     wrap(model, names, rank, alpha, merge)
@@ -165,16 +159,13 @@ def wrap(model, names: list[str], rank: int, alpha: float, merge: bool = True) -
         raise ValueError("this model has LoRA attached already; fix: detach(model) first")
     model.requires_grad_(False)
     for name in names:
-        parent, _, leaf = name.rpartition(".")
-        linear = model.get_submodule(name)
-        setattr(model.get_submodule(parent), leaf, BakedLoRA(linear, rank, alpha, merge))
+        model.set_submodule(name, BakedLoRA(model.get_submodule(name), rank, alpha, merge))
 
 
 def detach(model) -> None:
     """Put the plain linears back; every base tensor is the one that was there before `attach`."""
     for name, module in adapters(model).items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, module.base)
+        model.set_submodule(name, module.base)
 
 
 def live_parameters(model) -> list[nn.Parameter]:
@@ -255,9 +246,9 @@ def load(model, paths, merge: bool = True) -> None:
     other settings, out of order, not finite. Then the model is as it was.
     """
     # 1. what is on the model; on a plain one the first file decides
-    on_model = adapters(model) if is_attached(model) else {}
-    names, done = list(on_model), n_rounds(model) if on_model else 0
-    settings = [(m.rank, m.alpha) for m in on_model.values()][:1]
+    modules = adapters(model) if is_attached(model) else {}
+    names, done = list(modules), n_rounds(model) if modules else 0
+    settings = next(((m.rank, m.alpha) for m in modules.values()), None)
 
     # 2. every file is read and checked before anything changes
     rounds = []
@@ -265,45 +256,38 @@ def load(model, paths, merge: bool = True) -> None:
         metadata, tensors = read(path)
         of_file = {key.rpartition(".")[0] for key in tensors}
         names = names or [name for name, _ in model.named_modules() if name in of_file]
-        settings = settings or [(metadata["rank"], metadata["alpha"])]
-        check_fit(model, path, names, settings[0], done + len(rounds), metadata, tensors)
+        settings = settings or metadata["settings"]
+        faults = {"was trained on another base; fix: load it onto that one":
+                  not names or metadata["fingerprint"] != fingerprint(model, names),
+                  "has another rank, alpha or other layers than the model; fix: detach(model)":
+                  of_file != set(names) or metadata["settings"] != settings,
+                  f"is round {metadata['round']}, the model has {done + len(rounds)} before it; "
+                  "fix: give all rounds, in order": metadata["round"] != done + len(rounds),
+                  "is not finite; fix: a round from before training broke":
+                  not all(tensor.isfinite().all() for tensor in tensors.values())}
+        for fault, found in faults.items():
+            if found:
+                raise ValueError(f"{path} {fault}")
         rounds.append(tensors)
 
     # 3. wrapped, and appended
-    if rounds and not on_model:
-        wrap(model, names, *settings[0], merge)
+    if rounds and not modules:
+        wrap(model, names, *settings, merge)
     for tensors in rounds:
         for name, m in adapters(model).items():
             m.append(tensors[f"{name}.A"], tensors[f"{name}.B"])
 
 
 def read(path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """-> rank, alpha, round and fingerprint, and the tensors, of a file of `save`."""
+    """-> {settings (rank, alpha), round, fingerprint}, and the tensors, of a file of `save`."""
     if not Path(path).exists():
         raise FileNotFoundError(f"no adapter file {path}; fix: give a round's adapter.safetensors")
     try:
         with safe_open(str(path), framework="pt") as f:
             metadata = json.loads(f.metadata()["baked_lora"])
             tensors = {key: f.get_tensor(key) for key in f.keys()}
-        return {k: metadata[k] for k in ("rank", "alpha", "round", "fingerprint")}, tensors
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as e:
+        return {"settings": (metadata["rank"], metadata["alpha"]), "round": metadata["round"],
+                "fingerprint": metadata["fingerprint"]}, tensors
+    except (SafetensorError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} is damaged, or was not written by lora.save ({e}); "
                          "fix: give a whole adapter.safetensors of a round") from None
-
-
-def check_fit(model, path, names, settings, round: int, metadata: dict, tensors: dict) -> None:
-    """Raises ValueError where a file is not this round of adapters of these names and settings."""
-    of_file = {key.rpartition(".")[0] for key in tensors}
-    fits = {
-        "was trained on another base; fix: load it onto that one":
-            names and metadata["fingerprint"] == fingerprint(model, names),
-        f"has another rank, alpha or other layers than {settings} on {len(names)} layers; fix: "
-        "detach(model) first, or attach with the file's settings":
-            of_file == set(names) and settings == (metadata["rank"], metadata["alpha"]),
-        f"is round {metadata['round']}, the model has {round} before it; fix: give the files of "
-        "all rounds, in order": metadata["round"] == round,
-        "has a tensor that is not finite; fix: a round from before training broke":
-            all(t.isfinite().all() for t in tensors.values())}
-    for message, holds in fits.items():
-        if not holds:
-            raise ValueError(f"{path} {message}")

@@ -261,39 +261,6 @@ def check_room(model, longest: int, new: int = 0) -> None:
                          f"context of {room}; fix: a shorter prompt or fewer new tokens")
 
 
-# ---- the command ---------------------------------------------------------------------------------
-
 if __name__ == "__main__":
-    from typing import Literal
-
-    from common import checks, models, runs, texts
-    from common.prompts import persona_prompts
-    from common.sampling import sample
-
-    @dataclass
-    class Config:
-        prompt: str  # what to ask
-        model: str = models.EMBEDDED  # smollm2, a local folder, or a hub id
-        device: str = "auto"  # auto, cuda, mps or cpu
-        dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bf16 where native
-        seed: runs.Seed = 0  # of the sampling; every dose draws the same numbers
-        trait: str = "care"  # a trait of data/traits, or a file such as my.json
-        pos: str | None = None  # system prompt of the trait, instead of --trait
-        neg: str | None = None  # system prompt of its opposite
-        n_contexts: runs.AtLeast1 = 128  # contexts the vector is averaged over
-        steer_layers: runs.DepthRange = (0.45, 0.55)  # depth range that is steered, as fractions
-        dose: runs.Doses = (0.0, 2.0, 4.0)  # doses to compare, one answer each
-        max_new_tokens: runs.AtLeast1 = 64  # longest answer, in tokens
-        temperature: runs.From0 = 1.0  # 0 is greedy
-
-    def main(cfg: Config) -> None:
-        reading = texts.read(cfg)
-        model, chat = checks.load(cfg.model, cfg.device, cfg.dtype)
-        pos, neg = persona_prompts(chat, reading.pos, reading.neg, reading.contexts)
-        vector = extract_vector(model, pos, neg, band(model, cfg.steer_layers))
-        for dose in cfg.dose:
-            [answer] = sample(model, chat, [chat.ids(cfg.prompt)], vector, [dose], seed=cfg.seed,
-                              max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
-            print(f"\n--- dose {dose:g}\n{chat.decode(answer)}")
-
-    runs.cli(Config, main)
+    from tools.commands import SteerConfig, cli, compare_doses
+    cli(SteerConfig, compare_doses)

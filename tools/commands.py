@@ -1,0 +1,98 @@
+"""The commands of steer.py, distil.py and evaluate.py: their flags, and what they print.
+
+    python steer.py --trait care --dose 0 2 4 --prompt "My boss told me to ignore a customer."
+    python distil.py --trait love --n-keep 16 --out love       # heal_loop.py's flags, by name
+    python evaluate.py --adapter runs/X/round_?/adapter.safetensors
+"""
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tabulate import tabulate
+
+import distil
+import evaluate
+import lora
+from common import checks, models, runs, texts
+from common.prompts import persona_prompts
+from common.runs import cli
+from common.sampling import sample
+from heal_loop import Config as RunConfig
+from steer import SteeringVector, band, extract_vector
+
+__all__ = ["EvaluateConfig", "RunConfig", "SteerConfig", "cli", "compare_doses", "print_profile",
+           "write_data"]
+
+
+@dataclass
+class SteerConfig:
+    prompt: str  # what to ask
+    model: str = models.EMBEDDED  # smollm2, a local folder, or a hub id
+    device: str = "auto"  # auto, cuda, mps or cpu
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bf16 where native
+    seed: runs.Seed = 0  # of the sampling; every dose draws the same numbers
+    trait: str = "care"  # a trait of data/traits, or a file such as my.json
+    pos: str | None = None  # system prompt of the trait, instead of --trait
+    neg: str | None = None  # system prompt of its opposite
+    n_contexts: runs.AtLeast1 = 128  # contexts the vector is averaged over
+    steer_layers: runs.DepthRange = (0.45, 0.55)  # depth range that is steered, as fractions
+    dose: runs.Doses = (0.0, 2.0, 4.0)  # doses to compare, one answer each
+    max_new_tokens: runs.AtLeast1 = 64  # longest answer, in tokens
+    temperature: runs.From0 = 1.0  # 0 is greedy
+
+
+def compare_doses(cfg: SteerConfig) -> None:
+    """One answer at each dose, drawn with the same numbers."""
+    reading = texts.read(cfg)
+    model, chat = checks.load(cfg.model, cfg.device, cfg.dtype)
+    pos, neg = persona_prompts(chat, reading.pos, reading.neg, reading.contexts)
+    vector = extract_vector(model, pos, neg, band(model, cfg.steer_layers))
+    for dose in cfg.dose:
+        [answer] = sample(model, chat, [chat.ids(cfg.prompt)], vector, [dose], seed=cfg.seed,
+                          max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
+        print(f"\n--- dose {dose:g}\n{chat.decode(answer)}")
+
+
+def write_data(cfg: RunConfig) -> None:
+    """Round 0's training data of the run that these flags would make, in the folder --out."""
+    cfg = texts.complete(cfg)
+    reading = texts.read(cfg)
+    model, chat = checks.load(cfg.model, cfg.device, cfg.dtype, cfg.date)
+    lora.attach(model)
+    out = Path(cfg.out or "distilled")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "kept.jsonl").unlink(missing_ok=True)  # of an earlier call
+    _, kept, sampled = distil.make_data(cfg, model, chat, reading, 0, out)
+    reasons = distil.summary(kept, sampled)["reject_reasons"]
+    print(f"kept {len(kept)} of {len(sampled)} -> {out}   {reasons}")
+
+
+@dataclass
+class EvaluateConfig:
+    model: str = models.EMBEDDED  # smollm2, a local folder, or a hub id
+    device: str = "auto"  # auto, cuda, mps or cpu
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bf16 where native
+    adapter: tuple[Path, ...] = ()  # adapter.safetensors of every round of the student, in order
+    vector: Path | None = None  # vector.safetensors of a round: the steered model, at --dose
+    dose: runs.Finite = 1.0  # of --vector
+    trait: str = "care"  # a trait of data/traits, or a file such as my.json
+    readout: Literal["cloze", "tinymfv", "probe"] | None = None  # default: the trait's own
+    vignettes: Path = texts.DATA / "vignettes.json"  # or tinymfv:classic
+    n_vignettes: int = 0  # how many, balanced over the foundations; 0 is all
+
+
+def print_profile(cfg: EvaluateConfig) -> None:
+    """Every metric of the original, and of what --adapter and --vector make of it."""
+    cfg = texts.complete(cfg)
+    reading = texts.read(cfg)
+    vector = SteeringVector.load(cfg.vector) if cfg.vector else None
+    model, chat = checks.load(cfg.model, cfg.device, cfg.dtype)
+    base = evaluate.evaluate(model, chat, reading, cfg.readout)
+    columns = {"original": base}
+    if cfg.adapter or vector:
+        lora.load(model, cfg.adapter)
+        columns["changed"] = evaluate.evaluate(model, chat, reading, cfg.readout, base.constants,
+                                               vector=vector, dose=cfg.dose)
+    summaries = [profile.summary() for profile in columns.values()]
+    rows = [[metric, *(summary[metric] for summary in summaries)] for metric in base.summary()]
+    print(tabulate(rows, ["", *columns], floatfmt=".4f"))
