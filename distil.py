@@ -19,10 +19,9 @@ import lora
 from common import prompts, runs, texts
 from common.filter import Rules, reject_reason
 from common.prompts import NEUTRAL, Chat
-from common.sampling import repetition, sample, score, worst_perplexity
+from common.sampling import (completion_states, repetition, sample, score,
+                             worst_perplexity)
 from steer import SteeringVector, band, calibrate, extract_vector
-
-# ---- rows ---------------------------------------------------------------------------------------
 
 
 def row_ids(chat: Chat, row: dict) -> tuple[list[int], list[int]]:
@@ -38,6 +37,17 @@ def row_ids(chat: Chat, row: dict) -> tuple[list[int], list[int]]:
         return prompt, row["tokens"]
     completion = chat.suffix_ids(chat.text(user, system), assistant)
     return prompt, completion + (chat.end_of_turn() if row.get("finished", True) else [])
+
+
+@torch.no_grad()
+def teacher_states(model, chat: Chat, rows: list[dict], vector: SteeringVector | None,
+                   system: str) -> torch.Tensor:
+    """Final hidden states of the teacher on its own completions, [Σ tokens, d_model]."""
+    asked = [chat.ids(row["messages"][1]["content"], system) for row in rows]
+    doses = torch.tensor([row["dose"] for row in rows])
+    with lora.gates(model, history=1, live=0):
+        return completion_states(model, asked, [row_ids(chat, row)[1] for row in rows], vector,
+                                 doses)
 
 
 def sample_teacher(model, chat: Chat, asked: list[str], doses: list[float], n: int, seed: int,
@@ -79,9 +89,6 @@ def judge(model, chat: Chat, rows: list[dict], personas: tuple[str, str],
     return judged
 
 
-# ---- a full set ---------------------------------------------------------------------------------
-
-
 class TooFewKept(runs.Ended):
     """Too few completions pass the rules, at any dose that was tried."""
 
@@ -117,10 +124,10 @@ def collect(model, chat: Chat, train: list[str], personas: tuple[str, str], rule
     raise TooFewKept(too_few_because(sampled, n_keep))
 
 
-def summary(kept: list[dict], sampled: list[dict]) -> dict:
+def summary(kept: list[dict], sampled: list[dict], doses: list[float]) -> dict:
     """What a round's record says of its data."""
     reasons = Counter(row["reject_reason"] for row in sampled)
-    return {"sampled": len(sampled), "kept": len(kept),
+    return {"doses": doses, "sampled": len(sampled), "kept": len(kept),
             "reject_reasons": dict(sorted(reasons.items())),
             "ended": sum(row["finished"] for row in kept) / len(kept),
             "dose": sum(row["dose"] for row in kept) / len(kept)}
@@ -139,31 +146,34 @@ def too_few_because(sampled: list[dict], n_keep: int) -> str:
             f"fix: lower --doses, or loosen '{worst}' ({flag})")
 
 
-# ---- one round's data ---------------------------------------------------------------------------
+def teacher_of(cfg, reading: texts.Texts, vector: SteeringVector) -> dict:
+    """What makes the student the teacher: its vector, or the persona as its system prompt."""
+    if cfg.teacher == "prompted":
+        return {"vector": None, "system": reading.pos}
+    return {"vector": vector, "system": NEUTRAL}
 
 
 def make_data(cfg, model, chat, reading: texts.Texts, r: int, folder: Path) -> tuple:
-    """Round r's teacher and its completions: -> {vector or system}, kept and all sampled rows.
+    """Round r of the student as it stands: -> its vector, the kept rows, a summary of the data.
 
-    cfg: of heal_loop. The vector is extracted from the model as it stands.
+    cfg: of heal_loop. A prompted teacher has no dose.
     """
-    # 1. steer; a prompted teacher has the persona as its system prompt, and no vector
+    # 1. steer
     pos, neg = prompts.persona_prompts(chat, reading.pos, reading.neg, reading.contexts)
     vector = extract_vector(model, pos, neg, band(model, cfg.steer_layers),
                             metadata={"pos": reading.pos, "neg": reading.neg})
     vector.save(folder / "vector.safetensors")
-    teacher, doses = dict(system=reading.pos), [0.0]
-    if cfg.teacher == "steered":
+    doses = [0.0] if cfg.teacher == "prompted" else cfg.doses
+    if not doses:
         train = [chat.ids(prompt) for prompt in reading.train[:16]]
-        teacher = dict(vector=vector)
-        doses = cfg.doses or [calibrate(model, vector, train, nats) for nats in cfg.dose_nats]
+        doses = [calibrate(model, vector, train, nats) for nats in cfg.dose_nats]
     # 2. distil
     rules = Rules(cfg.min_words, cfg.max_repetition, cfg.min_diversity, cfg.max_perplexity)
     kept, sampled = collect(
         model, chat, reading.train, (reading.pos, reading.neg), rules, doses, cfg.n_keep,
         runs.stage_seed(cfg.seed, r, "sample"), folder, max_new_tokens=cfg.max_new_tokens,
-        top_k=cfg.top_k, top_p=cfg.top_p, **teacher)
-    return teacher, kept, sampled
+        top_k=cfg.top_k, top_p=cfg.top_p, **teacher_of(cfg, reading, vector))
+    return vector, kept, summary(kept, sampled, doses)
 
 
 if __name__ == "__main__":

@@ -33,9 +33,6 @@ COHERENCE_FLOOR = 0.85  # below it a model has collapsed, and coh_cost has no va
 MIN_SHIFT = 0.05  # nats; where the trait moved less, coh_cost has no value
 
 
-# ---- what one model answers ---------------------------------------------------------------------
-
-
 @dataclass
 class Profile:
     """One model's answers on one list of vignettes, on control questions and a trait's probes."""
@@ -101,15 +98,16 @@ def link(metric: str):
 
 
 def evaluate(model, chat: Chat, reading: texts.Texts, readout: str = "cloze", constants=None,
-             **kwargs) -> Profile:
+             think_tokens: int = 64, **kwargs) -> Profile:
     """Profile of the model as it stands (its gates and hooks included).
 
-    constants: of the original's Profile. kwargs: system prompt, vector, dose, and think_tokens
-    under tinymfv. Under `probe` the foundations and valid_p are cloze's.
+    constants: of the original's Profile. kwargs: system prompt, vector, dose. think_tokens: of
+    tinymfv. Under `probe` the foundations and valid_p are cloze's.
     """
-    ask = tinymfv if readout == "tinymfv" else cloze
-    answers = ask(model, chat, reading.vignettes, constants=constants, **kwargs)
-    kwargs.pop("think_tokens", None)
+    if readout == "tinymfv":
+        answers = tinymfv(model, chat, reading.vignettes, think_tokens=think_tokens, **kwargs)
+    else:
+        answers = cloze(model, chat, reading.vignettes, constants, **kwargs)
     profile = Profile([v["id"] for v in reading.vignettes],
                       [v["foundation"] for v in reading.vignettes],
                       answers.p, answers.valid_p, answers.constants, notes=answers.notes,
@@ -127,8 +125,7 @@ def evaluate(model, chat: Chat, reading: texts.Texts, readout: str = "cloze", co
 def measure(model, chat: Chat, reading: texts.Texts, name: str, readout: str = "cloze",
             constants=None, think_tokens: int = 64, **kwargs) -> dict:
     """Evaluate the model as it stands and let it generate; prints a line; -> one event."""
-    thinking = {"think_tokens": think_tokens} if readout == "tinymfv" else {}
-    profile = evaluate(model, chat, reading, readout, constants, **thinking, **kwargs)
+    profile = evaluate(model, chat, reading, readout, constants, think_tokens, **kwargs)
     generated = generate(model, chat, reading.heldout, reading.plain, **kwargs)
     print(f"  {name:<12} {profile.axis} {profile.trait:+.2f}  coherence {profile.coherence:.4f}  "
           f"perplexity {generated.perplexity:.1f}  drift {generated.drift:.2f}  "
@@ -137,7 +134,7 @@ def measure(model, chat: Chat, reading: texts.Texts, name: str, readout: str = "
 
 
 def matched_dose(model, chat: Chat, reading: texts.Texts, readout: str, base: Profile,
-                 student: Profile, vector: SteeringVector, **kwargs) -> float:
+                 student: Profile, think_tokens: int, vector: SteeringVector) -> float:
     """The dose at which `vector` alone moves the trait as far as the student, by secant steps.
 
     Looked for on the first 28 vignettes, which are as balanced as all.
@@ -146,8 +143,8 @@ def matched_dose(model, chat: Chat, reading: texts.Texts, readout: str, base: Pr
     start, wanted = (replace(profile, p=profile.p[:28]).trait for profile in (base, student))
     known, dose = [(0.0, start)], 1.0  # (dose, trait in nats)
     for _ in range(6):
-        reached = evaluate(model, chat, few, readout, base.constants, vector=vector, dose=dose,
-                           **kwargs).trait
+        reached = evaluate(model, chat, few, readout, base.constants, think_tokens, vector=vector,
+                           dose=dose).trait
         known = sorted([*known, (dose, reached)], key=lambda point: abs(point[1] - wanted))
         (d1, a1), (d2, a2) = known[:2]
         if abs(a1 - wanted) < 0.05 or a1 == a2:
@@ -155,9 +152,6 @@ def matched_dose(model, chat: Chat, reading: texts.Texts, readout: str, base: Pr
         # a line through the two nearest points; never more than twice the largest dose so far
         dose = min(max(d1 + (wanted - a1) * (d2 - d1) / (a2 - a1), 0.0), 2 * max(known)[0])
     return known[0][0]
-
-
-# ---- two models on the same items ---------------------------------------------------------------
 
 
 @dataclass

@@ -93,9 +93,6 @@ HEALING = ("rank", "alpha", "lora_layers", "merge", "targets", "reg", "agg", "la
            "ref", "weight_decay", "lr", "epochs", "batch_size", "rounds", "baselines")
 
 
-# ---- the barrier ---------------------------------------------------------------------------------
-
-
 def kl_per_token(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
     """KL(p‖q) at each position, exact over the vocabulary: twice [tokens, vocab] -> [tokens]."""
     return (logp.exp() * (logp - logq)).sum(-1).clamp(min=0)
@@ -162,15 +159,12 @@ def heal_step(model, batch: dict, cfg: Config) -> dict:
             "active": (D > cfg.tau).float().mean().item()}
 
 
-# ---- one round of healing ------------------------------------------------------------------------
-
-
 def heal_round(model, chat, kept: list[dict], cfg: Config, seed: int, reference: list[float] = (),
-               vector: SteeringVector | None = None, pos: str = prompts.NEUTRAL) -> dict:
+               teacher: dict | None = None) -> dict:
     """Train the live adapter on the kept data under the barrier; -> the round's log.
 
     reference: history gates of the model that D is measured from, one per folded round; all 0 is
-    the original. vector, pos: what the teacher of soft targets was steered or prompted with.
+    the original. teacher: of distil.teacher_of, for soft targets.
     Raises runs.Ended where a loss or gradient is not finite.
     """
     # 1. an eighth is held out, the rest is batched: equal prompts share a batch, and are run once
@@ -183,16 +177,13 @@ def heal_round(model, chat, kept: list[dict], cfg: Config, seed: int, reference:
     batches = []
     for i in range(0, len(train), cfg.batch_size):
         asked, completions, of = zip(*train[i:i + cfg.batch_size])
-        lengths, teacher = [len(c) for c in completions], None
+        lengths, soft = [len(c) for c in completions], None
         with torch.no_grad(), lora.gates(model, history=reference or 0, live=0):
             states = completion_states(model, asked, completions)
         if cfg.targets == "soft":
-            told = asked if vector else [chat.ids(row["messages"][1]["content"], pos) for row in of]
-            doses = torch.tensor([row["dose"] for row in of])
-            with torch.no_grad(), lora.gates(model, history=1, live=0):
-                teacher = completion_states(model, told, completions, vector, doses).split(lengths)
-        batches.append(dict(prompts=asked, completions=completions, teacher=teacher,
-                            reference=states.split(lengths)))
+            soft = distil.teacher_states(model, chat, of, **teacher).split(lengths)
+        batches.append({"prompts": asked, "completions": completions, "teacher": soft,
+                        "reference": states.split(lengths)})
 
     # 3. a fresh adapter, AdamW, warm-up and a cosine to 0
     torch.manual_seed(seed)
@@ -232,9 +223,6 @@ def heal_round(model, chat, kept: list[dict], cfg: Config, seed: int, reference:
     return {**mean, "steps": steps, "held_out_before": before, "held_out_after": after, "log": log}
 
 
-# ---- the loop ------------------------------------------------------------------------------------
-
-
 def loop(cfg: Config, run: runs.Run, model, chat, reading: texts.Texts) -> None:
     """Round after round on a model that carries the finished ones; all numbers go on record."""
     measure = functools.partial(evaluate.measure, model, chat, reading, readout=cfg.readout,
@@ -255,20 +243,19 @@ def loop(cfg: Config, run: runs.Run, model, chat, reading: texts.Texts) -> None:
         # the folder is renamed to round_r, for good, once the block ends well
         with run.new_round(r) as folder, lora.gates(model, history=1, live=0):
             if run.find("steered", r):  # --fork brought this round's vector and data
-                teacher = {"vector": SteeringVector.load(folder / "vector.safetensors")}
+                vector = SteeringVector.load(folder / "vector.safetensors")
                 kept = runs.read_jsonl(folder / "kept.jsonl")
+                teacher = distil.teacher_of(cfg, reading, vector)
             else:
                 # 1. steer, 2. distil
-                teacher, kept, sampled = distil.make_data(cfg, model, chat, reading, r,
-                                                          folder)
-                dose = run.record("distil", r, **distil.summary(kept, sampled))["dose"]
+                vector, kept, summary = distil.make_data(cfg, model, chat, reading, r, folder)
+                dose = run.record("distil", r, **summary)["dose"]
+                teacher = distil.teacher_of(cfg, reading, vector)
                 run.record("steered", r, **measure(f"{cfg.teacher} r{r}", dose=dose, **teacher))
             # 3. heal
-            reference = reference_gates(cfg.ref, run, r)
-            vector = teacher["vector"] if cfg.teacher == "steered" else None
-            run.record("heal", r, reference=reference, **heal_round(
-                model, chat, kept, cfg, runs.stage_seed(cfg.seed, r, "heal"), reference, vector,
-                reading.pos))
+            reference, seed = reference_gates(cfg.ref, run, r), runs.stage_seed(cfg.seed, r, "heal")
+            log = heal_round(model, chat, kept, cfg, seed, reference, teacher)
+            run.record("heal", r, reference=reference, **log)
             # 4. loop: the live adapter joins the frozen history
             lora.fold(model)
             lora.save(model, folder / "adapter.safetensors")
@@ -280,7 +267,8 @@ def loop(cfg: Config, run: runs.Run, model, chat, reading: texts.Texts) -> None:
         vector = SteeringVector.load(run.folder / "round_0/vector.safetensors")
         student = evaluate.Profile(**run.find("healed", run.rounds_done - 1)["profile"])
         with lora.gates(model, history=0, live=0):
-            dose = evaluate.matched_dose(model, chat, reading, cfg.readout, base, student, vector)
+            dose = evaluate.matched_dose(model, chat, reading, cfg.readout, base, student,
+                                         cfg.think_tokens, vector)
             run.record("matched", cfg.rounds, dose=dose, wanted=student.trait,
                        **measure(f"dose {dose:.2f}", vector=vector, dose=dose))
 

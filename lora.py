@@ -101,9 +101,6 @@ class BakedLoRA(nn.Module):
         return self.scale * self.history_B @ self.history_A
 
 
-# ---- on and off a model --------------------------------------------------------------------------
-
-
 def is_attached(model) -> bool:
     return any(isinstance(m, BakedLoRA) for m in model.modules())
 
@@ -209,9 +206,6 @@ def gates(model, history: float | list[float] = 1.0, live: float = 1.0):
     finally:
         for m, (c_history, c_live) in zip(modules, before):
             m.c_history, m.c_live = c_history, c_live
-
-
-# ---- files ---------------------------------------------------------------------------------------
 
 
 def fingerprint(model, names) -> str:

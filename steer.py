@@ -36,8 +36,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-# ---- the vector ----------------------------------------------------------------------------------
-
 
 def band(model, layers: tuple[float, float]) -> list[int]:
     """Block indices of a depth range given as fractions; at least one.
@@ -123,9 +121,6 @@ class SteeringVector:
         return cls(dict(sorted(layers.items())), metadata)
 
 
-# ---- extraction ----------------------------------------------------------------------------------
-
-
 class _Stop(Exception):
     """Raised by a hook once the last wanted block has run."""
 
@@ -172,9 +167,6 @@ def extract_vector(model, pos: list[list[int]], neg: list[list[int]], layers: li
     return SteeringVector({l: h_pos[l] - h_neg[l] for l in layers}, metadata)
 
 
-# ---- the dose ------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def calibrate(model, vector: SteeringVector, prompts: list[list[int]], nats: float,
               tokens: int = 16) -> float:
@@ -219,9 +211,6 @@ def calibrate(model, vector: SteeringVector, prompts: list[list[int]], nats: flo
         middle = math.sqrt(low * high)
         low, high = (middle, high) if moved(middle) < nats else (low, middle)
     return math.sqrt(low * high)
-
-
-# ---- batches -------------------------------------------------------------------------------------
 
 
 def left_pad(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -62,9 +62,8 @@ def write_data(cfg: RunConfig) -> None:
     out = Path(cfg.out or "distilled")
     out.mkdir(parents=True, exist_ok=True)
     (out / "kept.jsonl").unlink(missing_ok=True)  # of an earlier call
-    _, kept, sampled = distil.make_data(cfg, model, chat, reading, 0, out)
-    reasons = distil.summary(kept, sampled)["reject_reasons"]
-    print(f"kept {len(kept)} of {len(sampled)} -> {out}   {reasons}")
+    _, kept, summary = distil.make_data(cfg, model, chat, reading, 0, out)
+    print(f"kept {len(kept)} of {summary['sampled']} -> {out}   {summary['reject_reasons']}")
 
 
 @dataclass
