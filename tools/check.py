@@ -4,139 +4,53 @@
     python -m tools.check --all                              # tiny random models of many architectures
     python -m tools.check --all --table docs/models.md       # and their table, written into that page
 
-Ours against the model's own forward, without a cache, one row at a time:
+Those of `common.checks` that every command makes, here also on rows longer than a sliding window or
+a switch of long rope; and
 
-    blocks      every block puts out one residual stream, [batch, seq, d_model]
-    head        `logits` of the final hidden states
-    sampled     padded, batched, cached, token by token, rows leaving: as `sample` does it
-    scored      padded, batched, prompt and completion as `score` and healing do it
-    gradient    the same path, differentiated: the gradient at the first block's parameters
-    attention   our attention on a CPU against the model's own, log-probabilities and gradient
-    gates       LoRA with its gates at (0, 0) against the untouched model, bit for bit
+    gradient    prompt and completion as healing runs them, at the first block's parameters
+    attention   the attention that runs (sdpa) against plain products (eager), gradients too
+    stream      token by token as chat does it, alone: how far from the model's best next token
+    peft        two LoRA rounds exported, and loaded back by PEFT
 
 Errors are the largest over positions and vocabulary: of log-probabilities in nats, of gradients
-relative to their norm. `quick` is what every run makes at its start.
+relative to their norm.
 """
+import copy
+import importlib.util
 import json
+import tempfile
 import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 import transformers
 
 import lora
-from common import models
-from common import runs
-from common.sampling import RoomyLayer, completion_states, logits, prefill
+from common import checks, models, runs
+from common.checks import off, plain_logp, plain_scored, scored_logp, token_rows
+from common.sampling import stream
+from tools import export
 
 ARCHITECTURES = Path(__file__).parent.parent / "data/architectures.json"
-# sixteen bits round a logit near 32 by 0.1: there the checks see wrong mechanisms only
-LIMITS = {torch.float64: dict(nats=1e-4, relative=1e-4),
-          torch.float32: dict(nats=1e-2, relative=1e-2),
-          torch.bfloat16: dict(nats=0.3, relative=0.3), torch.float16: dict(nats=0.3, relative=0.3)}
 
 
-# ---- what is compared ---------------------------------------------------------------------------
+# ---- the checks that a command has no time for ---------------------------------------------------
 
 
-def token_rows(model, longest: int) -> list[list[int]]:
-    """Three rows of random tokens, the first `longest` tokens long, the second a third of it.
-
-    They begin alike, as prompts with one system turn do.
-    """
-    words = model.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(1)
-    rows = [torch.randint(words, (n,), generator=generator).tolist()
-            for n in (longest, longest // 3, longest // 3 + 5)]
-    return [rows[0][:2] + row[2:] for row in rows]
-
-
-def plain_logp(model, row: list[int]) -> torch.Tensor:
-    """The model's own forward, uncached and alone: [len(row), vocab], nats."""
-    ids = torch.tensor([row], device=model.device)
-    return model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
-
-
-def off(model, ours: torch.Tensor, plain: torch.Tensor) -> float:
-    """The largest difference of log-probabilities, nats; infinite where one is not a number.
-
-    In sixteen bits the mean: there a rounded logit or an expert that flips moves some word by much,
-    while a wrong mechanism moves them all.
-    """
-    differences = (ours - plain.to(ours.device)).abs()
-    exact = model.dtype in (torch.float32, torch.float64)
-    error = (differences.max() if exact else differences.mean()).item()
-    return error if error == error else float("inf")
-
-
-# ---- the checks ---------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def head(model, rows) -> float:
-    ids = torch.tensor([rows[0]], device=model.device)
-    states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
-    logp = logits(model, states).float().log_softmax(-1)
-    return off(model, logp, plain_logp(model, rows[0]))
-
-
-@torch.no_grad()
-def sampled(model, rows, new: int = 6) -> float:
-    """The last `new` tokens of each row are taken one by one, in place of drawn ones."""
-    expected = [plain_logp(model, row) for row in rows]
-    at = [len(row) - new for row in rows]  # where each row's next token stands
-    order, ours, plain = list(range(len(rows))), [], []
-    cache, token, mask, position = prefill(model, [r[:k] for r, k in zip(rows, at)], RoomyLayer)
-    for t in range(new):
-        # 1. the newest token on top of the cache
-        states = model.get_decoder()(
-            input_ids=token[:, None], attention_mask=mask, position_ids=position[:, None],
-            past_key_values=cache, use_cache=True).last_hidden_state
-        logp = logits(model, states[:, -1]).float().log_softmax(-1)  # [batch, vocab]
-        ours.append(logp)
-        plain += [expected[i][at[i] + t - 1] for i in order]
-        # 2. halfway the first row leaves and the others change places
-        if t == new // 2:
-            keep = torch.tensor([2, 1], device=model.device)
-            cache.reorder_cache(keep)
-            order, mask, position = [2, 1], mask[keep], position[keep]
-        token = torch.tensor([rows[i][at[i] + t] for i in order], device=model.device)
-        mask, position = F.pad(mask, (0, 1), value=1), position + 1
-    return off(model, torch.cat(ours), torch.stack(plain))
-
-
-def scored_logp(model, rows) -> list[torch.Tensor]:
-    """Per row the log-probabilities at its completion's positions, by `completion_states`."""
-    at = [len(row) - n for row, n in zip(rows, (6, 5, 3))]
-    completions = [row[k:] for row, k in zip(rows, at)]
-    states = completion_states(model, [row[:k] for row, k in zip(rows, at)], completions)
-    logp = logits(model, states).float().log_softmax(-1)
-    return list(logp.split([len(c) for c in completions]))
-
-
-def plain_scored(model, rows) -> list[torch.Tensor]:
-    return [plain_logp(model, row)[-n - 1:-1] for row, n in zip(rows, (6, 5, 3))]
-
-
-@torch.no_grad()
-def scored(model, rows) -> float:
-    return off(model, torch.cat(scored_logp(model, rows)), torch.cat(plain_scored(model, rows)))
-
-
-def gradient_of(model, rows, how) -> torch.Tensor:
+def gradient_of(model, rows, function) -> torch.Tensor:
     """Of the completions' log-probabilities, at the parameters of the first block."""
     parameters = [p for p in model.get_decoder().layers[0].parameters() if p.is_floating_point()]
     for p in parameters:
         p.requires_grad_(True)
     try:
-        targets = [torch.tensor(row[-n:], device=model.device) for row, n in zip(rows, (6, 5, 3))]
-        losses = [logp.gather(1, t[:, None].to(logp.device)).sum()
-                  for logp, t in zip(how(model, rows), targets)]
-        found = torch.autograd.grad(sum(losses), parameters, allow_unused=True)
-        return torch.cat([g.float().flatten() for g in found if g is not None])
+        completions = [row[-n:] for row, n in zip(rows, checks.ANSWERS)]
+        losses = [logp.gather(1, torch.tensor(c, device=logp.device)[:, None]).sum()
+                  for logp, c in zip(function(model, rows), completions)]
+        gradients = torch.autograd.grad(sum(losses), parameters, allow_unused=True)
+        return torch.cat([g.float().flatten() for g in gradients if g is not None])
     finally:
         for p in parameters:
             p.requires_grad_(False)
@@ -149,86 +63,91 @@ def gradient(model, rows) -> float:
 
 def attention(model, rows) -> float:
     """Of log-probabilities; the gradient's relative error counts where it is larger."""
-    if model.config._attn_implementation != "grouped":
-        return 0.0  # the model's own is what runs
-    logp, slope = plain_logp(model, rows[0]), gradient_of(model, rows, plain_scored)
-    model.set_attn_implementation("sdpa")
+    own = model.config._attn_implementation
+    if own == "eager":
+        return 0.0
+    with torch.no_grad():
+        logp = plain_logp(model, rows[0], 24)
+    slope = gradient_of(model, rows, plain_scored)
+    model.set_attn_implementation("eager")
     try:
-        error = off(model, logp, plain_logp(model, rows[0]))
-        own = gradient_of(model, rows, plain_scored)
+        with torch.no_grad():
+            error = off(model, logp, plain_logp(model, rows[0], 24))
+        eager = gradient_of(model, rows, plain_scored)
     finally:
-        model.set_attn_implementation("grouped")
-    return max(error, ((slope - own).norm() / own.norm()).item())
+        model.set_attn_implementation(own)
+    return max(error, ((slope - eager).norm() / eager.norm()).item())
+
+
+def streamed(model, rows, new: int = 6) -> float:
+    """Greedy: how far below the likeliest token each one is in the model's own forward, nats."""
+    no_template = SimpleNamespace(tok=SimpleNamespace(eos_token_id=None), end_of_turn=list)
+    tokens = list(stream(model, no_template, rows[0][:-new], max_new_tokens=new, temperature=0))
+    if not tokens:
+        return 0.0  # it begins with a stop
+    logp = plain_logp(model, rows[0][:-new] + tokens, len(tokens) + 1)[:-1]
+    return (logp.max(-1).values - logp[range(len(tokens)), tokens]).max().item()
 
 
 @torch.no_grad()
-def gates(model, rows) -> float:
-    """Also after `detach`. NaN where nothing can be wrapped: it is steered, not healed."""
-    untouched = plain_logp(model, rows[0])
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the run that attaches for good says what is left out
+def peft(model, rows) -> float:
+    """NaN where PEFT is not installed, or there is nothing to wrap."""
+    if not importlib.util.find_spec("peft"):
+        return float("nan")
+    from peft import PeftModel
+    student = copy.deepcopy(model)
+    with warnings.catch_warnings(), torch.random.fork_rng(), tempfile.TemporaryDirectory() as out:
+        warnings.simplefilter("ignore")
         try:
-            lora.attach(model, rank=1, layers=(0, 1))
+            lora.attach(student, rank=2, layers=(0, 1))
         except ValueError:
             return float("nan")
-        for p in lora.live_parameters(model):
-            p.normal_()
-        with lora.gates(model, history=0, live=0):
-            error = off(model, plain_logp(model, rows[0]), untouched)
-    lora.detach(model)
-    return max(error, off(model, plain_logp(model, rows[0]), untouched))
+        for _ in range(2):
+            for m in lora.adapters(student).values():
+                m.B.normal_(std=0.1)
+            lora.fold(student)
+        expected = [plain_logp(student, row, len(row)) for row in rows]
+        export.export_peft(student, out)
+        lora.detach(student)
+        student = PeftModel.from_pretrained(student, out)
+        return max(off(model, plain_logp(student, row, len(row)), logp)
+                   for row, logp in zip(rows, expected))
 
 
-CHECKS = {"head": head, "sampled": sampled, "scored": scored, "gradient": gradient,
-          "attention": attention, "gates": gates}
-QUICK = ("head", "sampled", "scored", "gates")
+SLOW = {"gradient": gradient, "attention": attention, "stream": streamed, "peft": peft}
 
 
-def run_checks(model, names=tuple(CHECKS), longest: int = 32) -> dict[str, float]:
-    """{check: its largest error}; infinite for a check that could not be made."""
-    rows, errors = token_rows(model, longest), {}
-    for name in names:
-        try:
-            errors[name] = CHECKS[name](model, rows)
-        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError,
-                NotImplementedError) as e:
-            errors[name] = float("inf")
-            print(f"{name}: {type(e).__name__}: {str(e)[:200]}")
+def switch_length(model) -> int:
+    """The longest length at which this model changes its ways; 0 for none up to 2048."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    lengths = [getattr(config, "sliding_window", None),
+               getattr(config, "attention_chunk_size", None),
+               rope.get("rope_type") == "longrope" and rope["original_max_position_embeddings"]]
+    return max(n for n in [0, *lengths] if isinstance(n, int) and n <= 2048)
+
+
+def every_check(model, ids: list[int]) -> dict[str, float]:
+    """{check: its largest error}, on rows shorter and longer than a switch, and on both at once."""
+    short, errors = token_rows(ids, 32), {}
+    parts = [(short, {**checks.QUICK, **SLOW})]
+    n = switch_length(model)
+    if n > 8:
+        long = token_rows(ids, n + 24, apart=9)
+        parts += [(long, {**checks.QUICK, **SLOW}),
+                  ([long[0], *short[1:]], {"scored": checks.scored, "gradient": gradient})]
+    for rows, functions in parts:
+        for name, error in checks.run(model, rows, functions).items():
+            errors[name] = max(error, errors.get(name, error))
     return errors
 
 
-def failed(errors: dict[str, float], dtype: torch.dtype) -> list[str]:
-    """The checks whose error is beyond what rounding explains."""
-    limit = LIMITS[dtype]
-    allowed = {"gradient": limit["relative"], "gates": 0.0}
-    return [name for name, error in errors.items() if error > allowed.get(name, limit["nats"])]
-
-
-def quick(model, name: str) -> None:
-    """What every run checks at its start, half a dozen short forward passes.
-
-    Raises ValueError naming the first check that fails.
-    """
-    errors = run_checks(model, QUICK, longest=24)
-    for check in failed(errors, model.dtype):
-        raise ValueError(f"model '{name}' fails the check '{check}': {errors[check]:.2g} nats off "
-                         "its own forward, so no number could be trusted; "
-                         f"fix: `python -m tools.check --model {name}` shows all checks; another model")
-
-
-def past_the_window(model) -> int:
-    """A row's length: beyond the sliding window or chunk where that is at most 2048, else 32."""
-    config = model.config.get_text_config()
-    windows = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
-    return max([32] + [w + 24 for w in windows if isinstance(w, int) and w <= 2048])
-
-
-# ---- tiny random models -------------------------------------------------------------------------
+# ---- tiny random models --------------------------------------------------------------------------
 
 
 def architectures(path: Path = ARCHITECTURES) -> dict[str, dict]:
-    """{name: {class, config, refused}}, the settings that all share filled in."""
-    table = json.loads(path.read_text())
+    """{name: {class, config, parts, expect}}, the settings that all share filled in."""
+    table = json.loads(path.read_text(encoding="utf-8"))
     for entry in table["architectures"].values():
         settings = table["base"] | entry.get("config", {})
         entry["config"] = {key: value for key, value in settings.items() if value is not None}
@@ -248,44 +167,46 @@ def tiny(entry: dict) -> torch.nn.Module:
             if name.endswith("bias"):
                 torch.nn.init.normal_(p, std=0.1)
     model.generation_config.eos_token_id = 2
-    return model
+    return model.eval().requires_grad_(False)
 
 
-def verdict(name: str, entry: dict) -> tuple[str, dict[str, float]]:
+def result(name: str, entry: dict) -> tuple[str, dict[str, float]]:
     """-> "right", or why it is refused, and the errors."""
-    model = tiny(entry)
     try:
-        models.prepare(model, name)
+        model = tiny(entry)
+        models.find_blocks(model, name)
+        checks.blocks(model, name)
     except ValueError as e:
         why = str(e).partition("; fix")[0].partition(")")[2]  # without the model's name and class
         return f"refused: {why.strip(': ')}", {}
-    errors = run_checks(model)
-    wrong = failed(errors, model.dtype)
-    if wrong:
+    errors = every_check(model, list(range(3, model.config.get_text_config().vocab_size)))
+    wrong = checks.failed(errors, model.dtype)
+    if [name for name in wrong if name != "peft"]:
         return f"refused by the check '{wrong[0]}'", errors
     if errors["gates"] != errors["gates"]:
         return "steered only: no nn.Linear to wrap", errors
-    own = model.config._attn_implementation != "grouped"
-    return "right" + (", with its own attention" if own else ""), errors
+    return "right" + (", but exported as merged only" if wrong else ""), errors
 
 
 def as_row(cells) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def all_architectures(only: tuple[str, ...] = ()) -> tuple[list[str], int]:
-    """-> the table's lines, and how many verdicts are not the expected ones."""
-    lines = [as_row(["architecture", "verdict", *CHECKS]), "|" + " --- |" * (2 + len(CHECKS))]
-    surprises = 0
+def all_architectures(only: tuple[str, ...] = ()) -> tuple[list[str], list[str]]:
+    """-> the table's lines, and the architectures whose result is not the expected one."""
+    names = [*checks.QUICK, *SLOW]
+    lines = [as_row(["architecture", "result", *names]), "|" + " --- |" * (2 + len(names))]
+    surprises = []
     print("\n".join(lines))
     for name, entry in architectures().items():
         if only and name not in only:
             continue
         start = time.time()
-        said, errors = verdict(name, entry)
-        surprises += not said.startswith(entry.get("expect", "right"))
-        numbers = [f"{errors[check]:.0e}" if check in errors else "" for check in CHECKS]
-        lines.append(as_row([name, said, *numbers]))
+        found, errors = result(name, entry)
+        if not found.startswith(entry.get("expect", "right")):
+            surprises.append(name)
+        lines.append(as_row([name, found, *(f"{errors[check]:.0e}" if check in errors else ""
+                                            for check in names)]))
         print(lines[-1], f"{time.time() - start:.1f} s", flush=True)
     return lines, surprises
 
@@ -308,15 +229,15 @@ def main(cfg: Config) -> None:
     if cfg.all:
         lines, surprises = all_architectures(cfg.only)
         if cfg.table:
-            before = cfg.table.read_text().partition(MARK)[0]
+            before = cfg.table.read_text(encoding="utf-8").partition(MARK)[0]
             runs.write_text(cfg.table, before + MARK + "\n\n" + "\n".join(lines) + "\n")
         if surprises:
-            raise ValueError(f"{surprises} architectures are not as data/architectures.json expects; "
+            raise ValueError(f"{', '.join(surprises)}: not as data/architectures.json expects; "
                              "fix: see the lines above")
         return
-    model, _ = models.load(cfg.model, cfg.device, cfg.dtype)
-    errors = run_checks(model, longest=past_the_window(model))
-    wrong = failed(errors, model.dtype)
+    model, chat = checks.load(cfg.model, cfg.device, cfg.dtype)
+    errors = every_check(model, checks.words(chat.tok))
+    wrong = checks.failed(errors, model.dtype)
     for name, error in errors.items():
         print(f"{name:10} {'FAILS' if name in wrong else 'ok':6} {error:.1e}")
     if wrong:
