@@ -200,7 +200,7 @@ class Message:
 class Row:
     """What healing reads of a row of kept.jsonl; tokens: of the answer, where they are known."""
     messages: list[Message]
-    tokens: Annotated[list[Annotated[StrictInt, Ge(0)]], MinLen(1)] | None = None
+    tokens: Annotated[list[Annotated[StrictInt, Ge(0)]], MinLen(1)] = ()
 
 
 def check_rows(path, n_tokens: int | None = None) -> list[dict]:

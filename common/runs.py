@@ -174,8 +174,7 @@ def copy_for_fork(source: Path, at: int, folder: Path) -> None:
 
     # 2. the events of both, those of no round, and where all this is from
     events = read_events(source)
-    unhealed = [e for e in events
-                if e["round"] == at and e["stage"] in ("extract", "distil", "steered")]
+    unhealed = [e for e in events if e["round"] == at and e["stage"] in ("distil", "steered")]
     write_text(forked / "events.jsonl", to_jsonl(unhealed))
     top = [e for e in events if e["stage"] in ("machine", "base", "prompted")]
     origin = {"stage": "forked", "round": -1, "run": source.name, "at": at}
