@@ -12,13 +12,11 @@ import transformers as t
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
-from common import models  # noqa: E402
-from common import runs  # noqa: E402
-from common import texts  # noqa: E402
+from common import checks, models, texts  # noqa: E402
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: whole runs and processes; leave out with -m 'not slow'")
+    config.addinivalue_line("markers", "slow: whole runs, processes; leave out with -m 'not slow'")
 
 
 SMALL = dict(vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=5,
@@ -32,11 +30,11 @@ MAKE = {"llama": (t.LlamaConfig, t.LlamaForCausalLM, {}),
         "qwen3": (t.Qwen3Config, t.Qwen3ForCausalLM, {}),
         "gemma3": (t.Gemma3TextConfig, t.Gemma3ForCausalLM, SLIDING),
         "phi3": (t.Phi3Config, t.Phi3ForCausalLM, {}),
-        "gpt_neox": (t.GPTNeoXConfig, t.GPTNeoXForCausalLM, dict(num_key_value_heads=None, head_dim=None)),
+        "gpt_neox": (t.GPTNeoXConfig, t.GPTNeoXForCausalLM, dict(num_key_value_heads=4)),
         "olmo2": (t.Olmo2Config, t.Olmo2ForCausalLM, {}),
         "mixtral": (t.MixtralConfig, t.MixtralForCausalLM,
                     dict(num_local_experts=4, num_experts_per_tok=2))}
-ARCHITECTURES = ["llama", "qwen3", "gemma3", "gemma3_multimodal", "phi3", "gpt_neox", "olmo2", "mixtral"]
+ARCHITECTURES = [*list(MAKE)[:3], "gemma3_multimodal", *list(MAKE)[3:]]
 
 
 def tiny(name: str, dtype=torch.float32, **changes):
@@ -47,8 +45,7 @@ def tiny(name: str, dtype=torch.float32, **changes):
         model = t.Gemma3ForConditionalGeneration(config)
     else:
         config_class, model_class, extra = MAKE[name]
-        settings = SMALL | changes | extra
-        model = model_class(config_class(**{k: v for k, v in settings.items() if v is not None}))
+        model = model_class(config_class(**SMALL | changes | extra))
     model.generation_config.eos_token_id = 2
     for key, bias in model.named_parameters():
         if key.endswith("bias"):
@@ -57,12 +54,19 @@ def tiny(name: str, dtype=torch.float32, **changes):
 
 
 class Ids:
-    """Stands in for a tokenizer where a test gives token ids itself."""
-    pad_token_id, bos_token_id, eos_token_id = 0, 1, 2
+    """Stands in for a tokenizer where a test gives token ids itself: no text has any."""
+    pad_token_id, bos_token_id, eos_token_id, added_tokens_decoder = 0, 1, 2, {}
+
+    def __init__(self, *_, **__):
+        self.input_ids = []
 
     @staticmethod
-    def apply_chat_template(*_, **__):
-        return ""  # no mark of its own ends a turn
+    def get_chat_template():
+        return ""
+
+    @staticmethod
+    def apply_chat_template(turns, **_):
+        return " ".join(turn["content"] for turn in turns)
 
 
 @pytest.fixture(params=ARCHITECTURES[:4])
@@ -77,8 +81,8 @@ def any_model(request):
 
 @pytest.fixture(scope="session")
 def embedded():
-    """(model, tokenizer) in float32. Tests leave it as they found it."""
-    return models.load("smollm2", dtype="float32")
+    """(model, chat) in float32. Tests leave it as they found it."""
+    return checks.load("smollm2", dtype="float32")
 
 
 @pytest.fixture
@@ -86,18 +90,16 @@ def ids():
     return torch.randint(3, 128, (3, 20), generator=torch.Generator().manual_seed(0))
 
 
-# ---- whole runs on a tiny model -----------------------------------------------------------------
-
-
 @pytest.fixture(scope="session", autouse=True)
 def few_texts(tmp_path_factory):
-    """Two held-out prompts and one plain text: speaking is most of a tiny run's time."""
+    """Two held-out prompts, one plain text, four controls: measuring is most of a run's time."""
     folder = shutil.copytree(texts.DATA, tmp_path_factory.mktemp("few") / "data")
-    for name, key, n in (("prompts.json", "heldout", 2), ("prompts_love.json", "heldout", 2),
-                         ("plain.json", "texts", 1)):
-        content = json.loads((folder / name).read_text())
-        content[key] = content[key][:n]
-        (folder / name).write_text(json.dumps(content))
+    for file in [*folder.glob("traits/*.json"), folder / "plain.json", folder / "controls.json"]:
+        content = json.loads(file.read_text("utf-8"))
+        for key, n in (("heldout", 2), ("texts", 1), ("controls", 4)):
+            if key in content:
+                content[key] = content[key][:n]
+        file.write_text(json.dumps(content), "utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "DATA", folder)
         yield
@@ -109,26 +111,25 @@ def all_texts(monkeypatch):
     monkeypatch.setattr(texts, "DATA", ROOT / "data")
 
 
-def python(*args, **how):
+def python(*args, **kwargs):
     """`python args` in a process of its own, from the repository's root."""
-    how = dict(cwd=ROOT, capture_output=True, text=True) | how
-    return subprocess.run([sys.executable, *map(str, args)], **how)
+    kwargs = dict(cwd=ROOT, capture_output=True, text=True, encoding="utf-8") | kwargs
+    return subprocess.run([sys.executable, *map(str, args)], **kwargs)
 
 
-def command(monkeypatch, module, *argv):
-    """`python module.py argv`, or `python -m tools.module argv`, within this process."""
-    [file] = [f for f in (ROOT / f"{module}.py", ROOT / f"tools/{module}.py") if f.exists()]
+def command(monkeypatch, name, *argv):
+    """`python NAME.py argv`, or of tools/ or studies/, within this process."""
+    [file] = [f for at in (".", "tools", "studies") if (f := ROOT / at / f"{name}.py").exists()]
     monkeypatch.setattr(sys, "argv", [file.name, *map(str, argv)])
     runpy.run_path(str(file), run_name="__main__")
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
-    """A random Llama with the embedded model's tokenizer: the loop's every stage in about two seconds."""
+    """A random Llama with the embedded model's tokenizer: each stage of the loop in an instant."""
     folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    shutil.copytree(models.embedded_folder(), folder, ignore=shutil.ignore_patterns("*.safetensors"))
     tiny("llama", vocab_size=49152, max_position_embeddings=512).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(models.embedded_folder() / name, folder)
     return folder
 
 
@@ -143,11 +144,8 @@ def flags(folder):
 @pytest.fixture(scope="session")
 def run(tiny_folder, tmp_path_factory):
     """A finished run of two rounds on the tiny model. Tests leave it as they found it."""
-    import heal_loop
     folder = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "COHERENCE_FLOOR", 0.0)  # a random model has no coherence to lose
-        patch.setattr(sys, "argv", ["heal_loop.py", *flags(tiny_folder), "--rounds", "2",
-                                    "--out", str(folder)])
-        runs.cli(heal_loop.Config, heal_loop.main)
+        command(patch, "heal_loop", *flags(tiny_folder), "--rounds", 2, "--out", folder)
     return folder
