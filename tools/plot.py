@@ -32,7 +32,8 @@ NAMES = {**dict(zip(NATS, FOUNDATIONS)), "probe_nats": "probes"}  # metrics as a
 METRICS = {"perplexity": ("ppl", ".1f"), "drift": ("drift", ".2f"), "entropy": ("entropy", ".2f"),
            "ended": ("ended", ".0%"), "repetition": ("rep", ".2f"), "text_nats": ("text", ".2f"),
            "control_nats": ("controls", "+.2f")}  # of an event: its column, its format
-PAGES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
+PAGES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent),
+                           autoescape=jinja2.select_autoescape(["html.j2"]))
 
 
 @dataclass
