@@ -1,7 +1,7 @@
 """Talk to a run: its base, its steered and its healed model answer next to each other.
 
-    python -m tools.chat runs/X                                  # type; /help says what else can be typed
-    echo "Do you love humanity?" | python -m tools.chat runs/X   # in a pipe one answer after the other
+    python -m tools.chat runs/X                                  # type a message, or /help
+    echo "Do you love humanity?" | python -m tools.chat runs/X   # or give them in a pipe
 
     base        y = W x                                    the original, bit for bit
     steered r   the student that round r began with, + dose · v_r from the assistant tag on
@@ -65,7 +65,8 @@ def choose_arms(cfg: Config) -> list[Arm]:
                          f"fix: {f'0 to {n - 1}' if n else 'finish one with --resume'}")
     folder = cfg.run / f"round_{r}"
     events = {e["stage"]: e for e in runs.read_jsonl(folder / "events.jsonl")}
-    gate, dose = (1.0, events["distil"]["dose"]) if cfg.dose is None else (cfg.dose, cfg.dose)
+    mean = events["distil"]["dose"] or 1.0  # 0: the teacher was prompted
+    gate, dose = (1.0, mean) if cfg.dose is None else (cfg.dose, cfg.dose)
     return [Arm("base", [0.0] * n),
             Arm(f"steered r{r}, dose {dose:.3g}", [1.0] * r + [0.0] * (n - r),
                 SteeringVector.load(folder / "vector.safetensors"), dose),
@@ -135,8 +136,7 @@ def main(cfg: Config) -> None:
     # a pipe is UTF-8 whatever the locale; a byte that is none is shown as � and asked so
     sys.stdin.reconfigure(encoding="utf-8" if piped else None, errors="replace")
     print(f"{settings.trait}, {lora.n_rounds(model)} rounds. Type a message, or /help")
-    # line by line, a piped one repeated so that its answer can be read
-    while True:
+    while True:  # a piped line is repeated so that its answer can be read
         try:
             line = input("" if piped else "\n> ").strip()
             if piped:

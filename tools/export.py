@@ -53,8 +53,9 @@ def export_peft(model, folder, dose: float = 1.0) -> None:
     if not rounds:
         raise ValueError("nothing to export: no round is folded yet; fix: fold(model)")
     for name, m in lora.adapters(model).items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = m.history_A.cpu().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = (dose * m.history_B).cpu().contiguous()
+        name = f"base_model.model.{name}"
+        tensors[f"{name}.lora_A.weight"] = m.history_A.cpu().contiguous()
+        tensors[f"{name}.lora_B.weight"] = (dose * m.history_B).cpu().contiguous()
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM",
         "base_model_name_or_path": models.base_name(model),
@@ -74,12 +75,12 @@ def answers(model, rows: list[list[int]]) -> torch.Tensor:
 
 @torch.no_grad()
 def check_peft(model, chat, folder, dose: float = 1.0) -> None:
-    """Load the adapter of `export_peft` back with PEFT; afterwards the model is PEFT's.
+    """Load the adapter of `export_peft` back with PEFT, in float32; the model is PEFT's then.
 
     PEFT may take a module for another kind than we did (0.21 reads a shared expert's gate_proj as
     one of fused experts and drops it with a warning), or the block may multiply by a weight itself
-    (Jamba's dt_proj), where PEFT's layer is not asked. Raises ValueError where the mean or the
-    largest error of a log-probability is more than rounding and 2 % of what the rounds changed.
+    (Jamba's dt_proj), where PEFT's layer is not called. Raises ValueError where the mean or the
+    largest error of a log-probability is more than rounding, which in bfloat16 would hide it.
     """
     from peft import PeftModel
     rows = [chat.ids("My boss told me to ignore a crying customer. " * n) for n in (1, 3, 9)]
@@ -93,11 +94,10 @@ def check_peft(model, chat, folder, dose: float = 1.0) -> None:
     except (ValueError, RuntimeError, KeyError) as e:
         raise ValueError(f"PEFT does not load this adapter ({e}); fix: --to merged") from None
     off, changed = (f"mean {x.mean():.2g}, largest {x.max():.2g}" for x in (error, effect))
-    mean, largest = (1e-4, 1e-3) if model.dtype == torch.float32 else (0.05, 1.0)  # rounding
-    if not (error.mean() <= mean + 0.02 * effect.mean()
-            and error.max() <= largest + 0.02 * effect.max()):
-        raise ValueError(f"PEFT loads this adapter as another one: log-probabilities are off by "
-                         f"{off} nats, where the rounds changed {changed}; fix: --to merged")
+    if not (error.mean() <= 2e-5 + 0.002 * effect.mean()
+            and error.max() <= 5e-4 + 0.002 * effect.max()):
+        raise ValueError(f"PEFT reads this adapter otherwise: log-probabilities are off by {off} "
+                         f"nats, where the rounds changed {changed}; fix: --to merged")
 
 
 @torch.no_grad()
@@ -114,8 +114,7 @@ def export_merged(model, folder, dose: float = 1.0) -> None:
     lora.detach(model)
     model.save_pretrained(folder)
     names = sorted(file.name for file in Path(folder).iterdir())
-    adapter = any(name.startswith("adapter_") for name in names)
-    if adapter or not any(name.endswith(".safetensors") for name in names):
+    if ".safetensors" not in str(names) or "adapter_" in str(names):
         raise ValueError(f"transformers wrote {', '.join(names)}, not a whole checkpoint; "
                          "fix: a base model without an adapter in its folder")
 
@@ -145,15 +144,14 @@ def export_gguf(vector: SteeringVector, path) -> None:
 
 
 def export_student(cfg: Config, settings: heal_loop.Config, folder: Path) -> None:
-    """--to peft or merged: all rounds of the run, with a card."""
-    # 1. the base model, and the run's rounds on it
+    """--to peft or merged: all rounds of the run on its base model, with a card."""
     rounds, table = runs.rounds_done(cfg.run), plot.table(runs.read_events(cfg.run), "github")
-    name = cfg.model or settings.model
-    model, chat = checks.load(name, "cpu", settings.dtype, settings.date)
-    lora.load(model, [cfg.run / f"round_{r}" / "adapter.safetensors" for r in range(rounds)])
+    name, dtype = cfg.model or settings.model, "float32" if cfg.to == "peft" else settings.dtype
+    model, chat = checks.load(name, "cpu", dtype, settings.date)
+    lora.load(model, [cfg.run / f"round_{r}" / "adapter.safetensors" for r in range(rounds)],
+              merge=False)
     base, rank = models.base_name(model), rounds * settings.rank
-
-    # 2. its weights; a plain checkpoint with what else one needs to run or convert it
+    # its weights; a plain checkpoint with what else one needs to run or convert it
     if cfg.to == "peft":
         export_peft(model, folder, cfg.dose)
         check_peft(model, chat, folder, cfg.dose)
@@ -165,18 +163,16 @@ def export_student(cfg: Config, settings: heal_loop.Config, folder: Path) -> Non
                                _raise_exceptions_for_missing_entries=False)
             if file:
                 shutil.copy(file, folder)
-
-    # 3. its card, which names no path of this machine
+    # its card, which names no path of this machine
     shown = {**runs.settings(settings), "model": base, "trait": Path(settings.trait).name,
              "vignettes": Path(settings.vignettes).name}
+    shown = json.dumps(shown, indent=2, ensure_ascii=False)
     page = plot.PAGES.get_template("card.md.j2").render(
-        cfg=cfg, base=base, rounds=rounds, rank=rank, table=table, trait=shown["trait"],
-        settings=json.dumps(shown, indent=2, ensure_ascii=False))
+        cfg=cfg, base=base, rounds=rounds, rank=rank, table=table, settings=shown)
     runs.write_text(folder / "README.md", page)
 
 
 def main(cfg: Config) -> None:
-    # 1. what can be told at once
     settings = runs.read_config(heal_loop.Config, cfg.run)
     if cfg.dose != 1 if cfg.to == "gguf" else cfg.round:
         raise ValueError(f"--dose {cfg.dose:g} --round {cfg.round}: peft and merged take a dose, "
@@ -187,8 +183,7 @@ def main(cfg: Config) -> None:
         raise ValueError(f"--out {cfg.out} exists; fix: another name, or delete it")
     if cfg.to == "peft" and not importlib.util.find_spec("peft"):
         raise ValueError("--to peft needs PEFT; fix: pip install -r requirements-dev.txt")
-
-    # 2. written aside, so that it appears as a whole or not at all
+    # written aside, so that it appears as a whole or not at all
     cfg.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cfg.out.parent) as aside:
         fresh = Path(aside) / "export"

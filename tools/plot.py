@@ -274,9 +274,8 @@ def draw(run: Path) -> list[dict]:
     if not points:
         raise ValueError(f"{events_file} holds no evaluation yet; "
                          "fix: let the run get past its base evaluation")
-    vectors = [SteeringVector.load(run / f"round_{r}" / "vector.safetensors")
+    vectors = [SteeringVector.load(run / f"round_{r}/vector.safetensors")
                for r in range(runs.rounds_done(run))]
-
     # 2. everything is made before the first file is written; the page escapes model text
     with matplotlib.rc_context(SMALL):
         pngs = [as_png(trajectory(events)), as_png(heal_steps(events, config["tau"]))]
