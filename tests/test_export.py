@@ -1,38 +1,45 @@
 """What leaves the project is read back with the real readers: PEFT, transformers, gguf."""
+import copy
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tools import export
 import lora
-from common import models
-from tools import plot
-from common import runs
-from chats import tokenizer
+from common import checks, models, runs
 from conftest import ARCHITECTURES, ROOT, SMALL, command, tiny
 from steer import SteeringVector
-from test_lora import logits, train_a_little
+from tools import export, plot
 
 pytestmark = pytest.mark.filterwarnings("ignore:LoRA reaches")  # of mixtral's experts
 
 
-def student(model, rounds, folder=None, **how):
+def student(model, rounds, folder=None, **kwargs):
     """`model` with folded rounds that changed it, each saved in `folder` as a run would."""
-    lora.attach(model, rank=4, alpha=8, **how)
+    lora.attach(model, rank=4, alpha=8, **kwargs)
+    generator = torch.Generator().manual_seed(0)
     for r in range(rounds):
-        train_a_little(model, r)
+        for m in lora.adapters(model).values():
+            m.A.data = 0.1 * torch.randn(m.A.shape, generator=generator)
+            m.B.data = 0.1 * torch.randn(m.B.shape, generator=generator)
         lora.fold(model)
         if folder:
             lora.save(model, folder / f"round_{r}" / "adapter.safetensors")
     return model
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(input_ids=ids).logits
 
 
 def tensors(file):
@@ -47,72 +54,65 @@ def read_model(folder, dtype=torch.float32):
 # ---- PEFT ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rounds", [1, 8])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_peft_gives_the_students_logits_at_any_dose(name, rounds, ids, tmp_path):
-    model = student(tiny(name), rounds)
+def test_peft_gives_the_students_logits_at_any_dose(name, ids, tmp_path):
+    model = student(tiny(name), 3)
     original = logits(tiny(name), ids)
-    for dose in (1.0, 0.5, -1.5, 0.0):
+    for dose in (1.0, -1.5, 0.0):
         folder = tmp_path / str(dose)
         export.export_peft(model, folder, dose)
         with lora.gates(model, history=dose):
             ours = logits(model, ids)
         theirs = logits(PeftModel.from_pretrained(tiny(name), folder).eval(), ids)
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
-        if dose == 0:
-            assert torch.equal(theirs, original)
-        else:
-            assert (theirs - original).abs().max() > 1e-3
+        assert torch.equal(theirs, original) if dose == 0 else (theirs != original).any()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_peft_wraps_the_modules_we_wrapped_and_no_other(name, tmp_path):
+def test_the_adapter_names_each_wrapped_module_and_no_other(name, tmp_path):
     # the vision tower of a multimodal checkpoint has a block 0 and a q_proj too
-    model = student(tiny(name), 2, layers=(0.0, 1.0))
+    model = student(tiny(name), 3, layers=(0.0, 1.0))
     export.export_peft(model, tmp_path)
-    theirs = PeftModel.from_pretrained(tiny(name), tmp_path)
-    wrapped = {n.removeprefix("base_model.model.") for n, m in theirs.named_modules()
-               if hasattr(m, "lora_A")}
-    assert wrapped == set(lora.adapters(model))
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_adapter_says_what_vllm_and_llama_cpp_read(name, tmp_path):
-    export.export_peft(student(tiny(name), 3), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    wanted = {"r": 12, "lora_alpha": 24, "bias": "none", "use_rslora": False, "use_dora": False,
-              "peft_type": "LORA"}
+    wanted = {"r": 12, "lora_alpha": 24, "bias": "none", "use_rslora": False, "use_dora": False}
     assert {key: config[key] for key in wanted} == wanted and config["base_model_name_or_path"]
-
-    # both find a module by its tensor's name between this prefix and this suffix
-    shapes = {key: value.shape for key, value in tiny(name).state_dict().items()}
-    pairs = tensors(tmp_path / "adapter_model.safetensors")
-    for key, A in pairs.items():
-        if key.endswith(".lora_A.weight"):
-            module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            B = pairs[key.replace("lora_A", "lora_B")]
-            assert module in config["target_modules"] and len(A) == 12
-            assert (B @ A).shape == shapes[f"{module}.weight"]
-    assert len(pairs) == 2 * len(config["target_modules"])
+    names = set(lora.adapters(model))
+    assert set(config["target_modules"]) == names
+    keys = {f"base_model.model.{n}.lora_{part}.weight" for n in names for part in "AB"}
+    assert set(tensors(tmp_path / "adapter_model.safetensors")) == keys
+    theirs = PeftModel.from_pretrained(tiny(name), tmp_path)
+    assert names == {n.removeprefix("base_model.model.") for n, m in theirs.named_modules()
+                     if hasattr(m, "lora_A")}
 
 
-@pytest.mark.parametrize("dose", [1.0, 0.01, 0.0])
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_an_adapter_that_peft_reads_as_ours_passes_the_exports_own_check(name, dose, tmp_path):
-    tok = tokenizer("chatml")
-    model = student(tiny(name, vocab_size=len(tok)), 2)
+def glm4_moe(settings):
+    settings |= dict(moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2,
+                     n_shared_experts=1, first_k_dense_replace=1)
+    return transformers.Glm4MoeForCausalLM(transformers.Glm4MoeConfig(**settings))
+
+
+def jamba(settings):
+    settings |= dict(num_experts=2, num_experts_per_tok=1, mamba_d_state=8, mamba_dt_rank=4,
+                     use_mamba_kernels=False, attn_layer_period=2, attn_layer_offset=1,
+                     expert_layer_period=2, expert_layer_offset=1)
+    return transformers.JambaForCausalLM(transformers.JambaConfig(**settings))
+
+
+@pytest.mark.parametrize("make, refused", [
+    (lambda s: tiny("llama", **s), False), (lambda s: tiny("mixtral", **s), False),
+    (glm4_moe, True), (jamba, True)])
+@pytest.mark.parametrize("dose", [1.0, 0.3, 0.0])
+def test_an_adapter_that_peft_reads_otherwise_is_refused(make, refused, dose, embedded, tmp_path):
+    torch.manual_seed(0)
+    model = student(make(SMALL | dict(vocab_size=49152)).eval(), 2, layers=(0.0, 1.0))
+    for m in lora.adapters(model).values():
+        m.history_B *= 3
     export.export_peft(model, tmp_path, dose)
-    export.check_peft(model, tok, tmp_path, dose)
-
-
-def test_an_adapter_that_peft_reads_otherwise_is_refused(tmp_path):
-    tok = tokenizer("chatml")
-    settings = SMALL | dict(vocab_size=len(tok), moe_intermediate_size=16, n_routed_experts=4,
-                            num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1)
-    model = transformers.Glm4MoeForCausalLM(transformers.Glm4MoeConfig(**settings)).eval()
-    export.export_peft(student(model, 2), tmp_path)
-    with pytest.raises(ValueError, match="PEFT loads .* as another one, .*; fix: --to merged"):
-        export.check_peft(model, tok, tmp_path)
+    if refused and dose:
+        with pytest.raises(ValueError, match="PEFT reads this adapter otherwise.*; fix: --to mer"):
+            export.check_peft(model, embedded[1], tmp_path, dose)
+    else:
+        export.check_peft(model, embedded[1], tmp_path, dose)
 
 
 def test_a_student_without_a_round_is_not_exported(tmp_path):
@@ -123,142 +123,124 @@ def test_a_student_without_a_round_is_not_exported(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("rank, words", [
+    (16, "--max-lora-rank 16 "), (36, "--max-lora-rank 64 "), (300, "--max-lora-rank 320 "),
+    (600, "vLLM takes no adapter of rank 600: export with `--to merged`")])
+def test_the_card_names_a_rank_that_vllm_offers(rank, words):
+    card = plot.PAGES.get_template("card.md.j2").render(cfg=export.Config(Path("run")), rank=rank)
+    assert words in card
+
+
 # ---- a plain checkpoint -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name, tied", [
-    (name, tied) for name in ARCHITECTURES for tied in (False, True)
-    if tied or name != "gemma3_multimodal"])
-def test_a_merged_checkpoint_gives_the_merged_students_logits_bit_for_bit(
+@pytest.mark.parametrize("name, tied", [(name, tied) for name in ARCHITECTURES
+                                        for tied in (False, True)
+                                        if tied or name != "gemma3_multimodal"])
+def test_a_merged_checkpoint_gives_the_students_logits_bit_for_bit(
         name, tied, dtype, ids, tmp_path):
     tiny(name, dtype, tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
     model = student(read_model(tmp_path / "base", dtype), 3)
-    export.export_merged(model, tmp_path / "merged")
-    export.export_merged(model, tmp_path / "none", dose=0.0)
-    with lora.merged(model):
-        ours = logits(model, ids)
-    with lora.gates(model, history=0, live=0):
-        original = logits(model, ids)
-    assert not torch.equal(ours, original)
-    assert torch.equal(logits(read_model(tmp_path / "merged", dtype), ids), ours)
-    assert torch.equal(logits(read_model(tmp_path / "none", dtype), ids), original)
-
-    before, after = (tensors(tmp_path / f / "model.safetensors") for f in ("base", "merged"))
-    assert before.keys() == after.keys() and all(t.dtype == dtype for t in after.values())
+    wanted = {}
+    for dose in (1.0, 0.0, 0.5):
+        export.export_merged(copy.deepcopy(model), tmp_path / str(dose), dose)
+        with lora.gates(model, history=dose, live=0):
+            wanted[dose] = logits(model, ids)
+    assert not torch.equal(wanted[0.0], wanted[1.0])
+    for dose in (1.0, 0.0):
+        assert torch.equal(logits(read_model(tmp_path / str(dose), dtype), ids), wanted[dose])
     if dtype == torch.float32:
-        torch.testing.assert_close(ours, logits(model, ids), rtol=0, atol=1e-5)
-        export.export_merged(model, tmp_path / "half", dose=0.5)
-        with lora.gates(model, history=0.5):
-            half = logits(model, ids)
-        torch.testing.assert_close(logits(read_model(tmp_path / "half"), ids), half,
-                                   rtol=0, atol=1e-5)
+        half = logits(read_model(tmp_path / "0.5"), ids)
+        torch.testing.assert_close(half, wanted[0.5], rtol=0, atol=1e-5)
+    before, after = (tensors(tmp_path / f / "model.safetensors") for f in ("base", "1.0"))
+    assert before.keys() == after.keys() and all(t.dtype == dtype for t in after.values())
+
+
+def test_a_base_with_an_adapter_in_its_folder_is_refused(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "base")
+    inside = LoraConfig(target_modules=["up_proj"], base_model_name_or_path=str(tmp_path / "base"))
+    get_peft_model(read_model(tmp_path / "base"), inside).save_pretrained(tmp_path / "base")
+    model = student(read_model(tmp_path / "base"), 1, targets=("q_proj",))
+    with pytest.raises(ValueError, match="adapter_config.json.*not a whole checkpoint; fix: a base"):
+        export.export_merged(model, tmp_path / "out")
 
 
 # ---- a control vector ---------------------------------------------------------------------------
 
 
-def test_a_control_vector_reads_back_equal_and_steers_the_same_blocks(tmp_path, ids):
-    model = tiny("llama")
-    layers = {l: torch.randn(32, generator=torch.Generator().manual_seed(l)) for l in (1, 3)}
-    vector = SteeringVector(layers, {"model_type": "llama"})
-    export.export_gguf(vector, tmp_path / "v.gguf")
+def test_a_control_vector_steers_the_same_blocks(run, ids, tmp_path, monkeypatch):
+    command(monkeypatch, "export", run, "--to", "gguf", "--out", tmp_path / "v.gguf", "--round", 1)
     read = gguf.GGUFReader(tmp_path / "v.gguf")
-    said = {"general.architecture": "controlvector", "controlvector.model_hint": "llama",
-            "controlvector.layer_count": 2}
-    assert {name: read.fields[name].contents() for name in said} == said
+    vector, model = SteeringVector.load(run / "round_1/vector.safetensors"), tiny("llama")
+    fields = {"general.architecture": "controlvector", "controlvector.layer_count": 1}
+    assert {name: read.fields[name].contents() for name in fields} == fields
     found = {t.name: torch.from_numpy(t.data.copy()) for t in read.tensors}
-    assert found.keys() == {"direction.1", "direction.3"}
-    assert all(torch.equal(found[f"direction.{l}"], v) for l, v in layers.items())
+    assert found.keys() == {f"direction.{l}" for l in vector.layers}
 
     with vector.at(model, 1.5):
         ours = logits(model, ids)
 
     def build_cvec(direction):  # llama.cpp: cur = build_cvec(cur, il) on what leaves block il
         return lambda block, args, output: output + 1.5 * direction
-    hooks = [model.model.layers[int(name.removeprefix("direction."))]
-             .register_forward_hook(build_cvec(direction)) for name, direction in found.items()]
+    for name, direction in found.items():
+        block = model.model.layers[int(name.removeprefix("direction."))]
+        block.register_forward_hook(build_cvec(direction))
     assert torch.equal(logits(model, ids), ours)
-    for hook in hooks:
-        hook.remove()
-    assert not torch.equal(logits(model, ids), ours)
 
+
+def test_a_vector_of_block_0_is_not_exported(tmp_path):
     with pytest.raises(ValueError, match="cannot steer block 0"):
         export.export_gguf(SteeringVector({0: torch.ones(32)}), tmp_path / "zero.gguf")
-    assert [p.name for p in tmp_path.iterdir()] == ["v.gguf"]
-
-
-def test_a_runs_vector_leaves_as_a_control_vector(run, tmp_path, monkeypatch, capsys):
-    for r in (0, 1):
-        file = tmp_path / f"{r}.gguf"
-        command(monkeypatch, "export", run, "--to", "gguf", "--out", file, "--round", r)
-        assert str(file) in capsys.readouterr().out
-        read = gguf.GGUFReader(file)
-        vector = SteeringVector.load(run / f"round_{r}" / "vector.safetensors")
-        wanted = {f"direction.{l}": v.tolist() for l, v in vector.layers.items()}
-        assert {t.name: t.data.tolist() for t in read.tensors} == wanted
-        assert read.fields["controlvector.model_hint"].contents() == "llama"
+    assert not list(tmp_path.iterdir())
 
 
 # ---- a run --------------------------------------------------------------------------------------
 
 
-def student_of(run, base, ids, dose=1.0):
-    """Logits of the run's student, from its rounds' own files."""
-    model, _ = models.load(str(base), "cpu", "float32")
-    lora.load(model, [run / f"round_{r}" / "adapter.safetensors" for r in (0, 1)])
-    with lora.gates(model, history=dose, live=0):
-        return logits(model, ids)
-
-
-def ids_of_a_chat(folder):
-    chat = [{"role": "system", "content": "You care."}, {"role": "user", "content": "Hi."}]
-    tok = AutoTokenizer.from_pretrained(folder)
-    return tok.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
-
-
-@pytest.mark.parametrize("to", ["peft", "merged"])
-@pytest.mark.parametrize("dose", [1.0, 0.4])
-def test_a_runs_export_is_the_student_with_a_card_and_names_no_path(
+@pytest.mark.parametrize("to, dose", [("peft", 1.0), ("peft", 0.4), ("merged", 1.0)])
+def test_a_runs_export_is_its_student_with_a_card_and_no_path(
         run, tiny_folder, to, dose, ids, tmp_path, monkeypatch, capsys):
     out = tmp_path / "deep" / "out"
-    flags = ["--dose", dose] if dose != 1 else []
-    command(monkeypatch, "export", run, "--to", to, "--out", out, *flags)
-    assert f"2 rounds on tiny-llama -> {out} ({to})" in capsys.readouterr().out
+    command(monkeypatch, "export", run, "--to", to, "--out", out, "--dose", dose)
+    assert f"{run} -> {out} ({to})" in capsys.readouterr().out
     assert [p.name for p in out.parent.iterdir()] == ["out"]
 
+    model, chat = checks.load(str(tiny_folder), "cpu", "float32")
+    lora.load(model, [run / f"round_{r}" / "adapter.safetensors" for r in (0, 1)])
     if to == "peft":
         theirs = PeftModel.from_pretrained(read_model(tiny_folder), out).eval()
     else:
         theirs = read_model(out)
-        assert ids_of_a_chat(out) == ids_of_a_chat(tiny_folder)
-        models.load(str(out), "cpu", "float32")  # it would refuse a checkpoint that is not whole
-    ours = student_of(run, tiny_folder, ids, dose)
-    torch.testing.assert_close(logits(theirs, ids), ours, rtol=0, atol=1e-5)
+        tok = AutoTokenizer.from_pretrained(out)
+        assert tok.chat_template == chat.tok.chat_template and tok("Hi") == chat.tok("Hi")
+    with lora.gates(model, history=dose, live=0):
+        torch.testing.assert_close(logits(theirs, ids), logits(model, ids), rtol=0, atol=1e-5)
 
-    card = (out / "README.md").read_text()
+    card = (out / "README.md").read_text("utf-8")
     for words in ("base_model: tiny-llama", "licence and terms of use", '"lam": 2.0',
                   f"at dose {dose:g} of 1", plot.table(runs.read_events(run), "github")):
         assert words in card
     places = [str(place).encode() for place in (tmp_path.parent, run.parent, ROOT, Path.home())]
-    for file in out.rglob("*"):
-        if file.is_file():
-            assert not any(place in file.read_bytes() for place in places), file
+    for file in out.iterdir():
+        assert not any(place in file.read_bytes() for place in places), file
 
 
-def test_a_multimodal_students_merged_checkpoint_keeps_its_vision_tower_and_processor(
-        run, tiny_folder, ids, tmp_path, monkeypatch):
+def test_a_merged_multimodal_checkpoint_is_whole(run, tiny_folder, ids, tmp_path, monkeypatch):
     base = shutil.copytree(tiny_folder, tmp_path / "base")
     (base / "model.safetensors").unlink()
     tiny("gemma3_multimodal", vocab_size=49152).save_pretrained(base)
-    (base / "preprocessor_config.json").write_text("{}")
+    beside = {"preprocessor_config.json": b"{}", "tokenizer.model": b"SentencePiece"}
+    for name, content in beside.items():
+        (base / name).write_bytes(content)
     model, _ = models.load(str(base), "cpu", "float32")
     mine, out = shutil.copytree(run, tmp_path / "run"), tmp_path / "out"
     student(model, 2, folder=mine)
     command(monkeypatch, "export", mine, "--to", "merged", "--out", out, "--model", base)
 
     merged = read_model(out)
-    assert type(merged) is type(model) and (out / "preprocessor_config.json").exists()
+    assert type(merged) is type(model)
+    assert {name: (out / name).read_bytes() for name in beside} == beside
     torch.testing.assert_close(logits(merged, ids), logits(model, ids), rtol=0, atol=1e-5)
     towers = [{key: value for key, value in tensors(folder / "model.safetensors").items()
                if "vision" in key} for folder in (base, out)]
@@ -266,16 +248,35 @@ def test_a_multimodal_students_merged_checkpoint_keeps_its_vision_tower_and_proc
     assert all(torch.equal(value, towers[1][key]) for key, value in towers[0].items())
 
 
-def test_a_round_that_is_not_finished_is_left_out(run, tmp_path, monkeypatch, capsys):
+def test_a_round_that_is_not_finished_is_left_out(run, tmp_path, monkeypatch):
     killed = shutil.copytree(run, tmp_path / "run")
     (killed / "round_1").rename(killed / "round_1.tmp")  # before the rename that finishes it
     command(monkeypatch, "export", killed, "--to", "peft", "--out", tmp_path / "out")
-    assert "1 rounds on tiny-llama" in capsys.readouterr().out
     found = tensors(tmp_path / "out" / "adapter_model.safetensors")
     for key, value in tensors(run / "round_0" / "adapter.safetensors").items():
         module, _, part = key.rpartition(".")
         assert torch.equal(found[f"base_model.model.{module}.lora_{part}.weight"], value)
-    assert "healed r1" not in (tmp_path / "out" / "README.md").read_text()
+    assert "healed r1" not in (tmp_path / "out" / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("out", ["link", "/dev/shm", ".", "file", "empty"])
+def test_a_taken_place_is_refused_before_the_work(out, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    os.symlink("elsewhere", "link")
+    Path("file").touch()
+    Path("empty").mkdir()
+    with pytest.raises(SystemExit):  # the model would be looked for next
+        command(monkeypatch, "export", run, "--out", out, "--model", "nowhere")
+    assert capsys.readouterr().err == (
+        f"error: --out {out} exists; fix: another name, or delete it\n")
+
+
+def test_without_peft_one_line_says_where_it_is(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "export", run, "--out", tmp_path / "out", "--model", "nowhere")
+    assert "pip install -r requirements-dev.txt" in (err := capsys.readouterr().err)
+    assert err.count("\n") == 1
 
 
 def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch, capsys):

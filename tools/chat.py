@@ -1,7 +1,7 @@
 """Talk to a run: its base, its steered and its healed model answer next to each other.
 
-    python -m tools.chat runs/X                                  # type; /help says what else can be typed
-    echo "Do you love humanity?" | python -m tools.chat runs/X   # in a pipe one answer after the other
+    python -m tools.chat runs/X                                  # type a message, or /help
+    echo "Do you love humanity?" | python -m tools.chat runs/X   # or give them in a pipe
 
     base        y = W x                                    the original, bit for bit
     steered r   the student that round r began with, + dose · v_r from the assistant tag on
@@ -10,28 +10,25 @@
 All three draw the same random numbers. Every message is asked on its own, as in training: no model
 remembers the one before.
 """
-import contextlib
 import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 import tyro
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 import heal_loop
 import lora
-from common import models
-from common import runs
-from common.sampling import next_token, stop_tokens
-from steer import NEUTRAL, SteeringVector, chat_ids, check_room
+from common import checks, runs
+from common.prompts import NEUTRAL
+from common.sampling import stream
+from steer import SteeringVector
 
 HELP = ("/dose 0.5 (healed's history gate and the vector's dose), /round 1, /seed 3, "
         "/system TEXT (none: the neutral one), /help, /quit")
@@ -68,69 +65,51 @@ def choose_arms(cfg: Config) -> list[Arm]:
                          f"fix: {f'0 to {n - 1}' if n else 'finish one with --resume'}")
     folder = cfg.run / f"round_{r}"
     events = {e["stage"]: e for e in runs.read_jsonl(folder / "events.jsonl")}
-    gate, dose = (1.0, events["distil"]["dose"]) if cfg.dose is None else (cfg.dose, cfg.dose)
+    mean = events["distil"]["dose"] or 1.0  # 0: the teacher was prompted
+    gate, dose = (1.0, mean) if cfg.dose is None else (cfg.dose, cfg.dose)
     return [Arm("base", [0.0] * n),
             Arm(f"steered r{r}, dose {dose:.3g}", [1.0] * r + [0.0] * (n - r),
                 SteeringVector.load(folder / "vector.safetensors"), dose),
             Arm(f"healed r{r}, gate {gate:.3g}", [gate] * (r + 1) + [0.0] * (n - r - 1))]
 
 
-@torch.no_grad()
-def stream(model, tok, message: str, arm: Arm, cfg: Config) -> Iterator[str]:
+def answer(model, chat, message: str, arm: Arm, cfg: Config) -> Iterator[str]:
     """The arm's answer so far, after each new token; the tokens are those of `sampling.sample`.
 
-    Gates and vector hold within each pass alone, so that arms can take turns on one model.
+    The gates hold within each pass alone, as the vector does, so that arms take turns on one model.
     """
-    # 1. the prompt and the draws
-    prompt = chat_ids(tok, message, cfg.system or NEUTRAL)
-    check_room(model, len(prompt), cfg.max_new_tokens)
-    ids, cache, new = torch.tensor([prompt], device=model.device), None, []
-    generator = torch.Generator().manual_seed(cfg.seed)
-    draws = torch.rand(cfg.max_new_tokens, generator=generator).to(model.device)
-    stop = stop_tokens(model, tok)
-    for u in draws:
-        # 2. run what is new; its last token is steered: the assistant tag, then each word
-        steered = contextlib.nullcontext()
-        if arm.vector:
-            steered = arm.vector.at(model, arm.dose, last_only=True)
-        with lora.gates(model, arm.history, live=0), steered:
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        # 3. draw the next token
-        token = next_token(out.logits[:, -1], u[None], cfg.temperature, top_k=64, top_p=0.95)
-        if token.item() in stop:
+    prompt = chat.ids(message, cfg.system or NEUTRAL)
+    tokens = stream(model, chat, prompt, arm.vector, arm.dose, cfg.max_new_tokens, cfg.temperature,
+                    seed=cfg.seed)
+    new = []
+    while True:
+        with lora.gates(model, arm.history, live=0):
+            token = next(tokens, None)
+        if token is None:
             return
-        new.append(token.item())
-        ids = token[:, None]
-        # half a character is left out until it is whole
-        yield tok.decode(new, skip_special_tokens=True).rstrip("\ufffd")
+        new.append(token)
+        yield chat.decode(new).rstrip("\ufffd")  # half a character waits until it is whole
 
 
 def side_by_side(arms: list[Arm], texts: list[str]) -> Table:
     """A column an arm."""
-    table = Table(expand=True)
-    for arm in arms:
-        table.add_column(arm.name, ratio=1)
+    table = Table(*(Column(arm.name, ratio=1) for arm in arms), expand=True)
     table.add_row(*map(Text, texts))  # Text: brackets in an answer are no markup
     return table
 
 
-def show(console: Console, arms: list[Arm], streams: list[Iterator[str]]) -> None:
-    """Answers as they come: in a terminal all at once in columns, in a pipe one by one."""
+def show(console: Console, arms: list[Arm], answers: list[Iterator[str]]) -> None:
+    """In a terminal all answers at once, in columns as they come; in a pipe one after the other."""
+    texts = [""] * len(arms)
     if console.is_terminal:
-        texts = [""] * len(arms)
         with Live(side_by_side(arms, texts), console=console, refresh_per_second=8) as live:
-            for grown in itertools.zip_longest(*streams):  # None from an arm that is done
+            for grown in itertools.zip_longest(*answers):  # None from an arm that is done
                 texts = [new or old for new, old in zip(grown, texts)]
                 live.update(side_by_side(arms, texts))
         return
-    for arm, texts in zip(arms, streams):
-        print(f"--- {arm.name}")
-        shown = ""
-        for text in texts:
-            print(text[len(shown):], end="", flush=True)
-            shown = text
-        print()
+    for arm, answer_so_far in zip(arms, answers):
+        *_, text = "", *answer_so_far
+        print(f"--- {arm.name}\n{text}", flush=True)
 
 
 def set_by(line: str, cfg: Config) -> Config:
@@ -147,35 +126,32 @@ def set_by(line: str, cfg: Config) -> Config:
 
 def main(cfg: Config) -> None:
     """Read lines until the input ends; a mistake in one is told and changes nothing."""
-    # 1. the run's model, with all its rounds
     settings = runs.read_config(heal_loop.Config, cfg.run)
     choose_arms(cfg)  # raises before the gigabytes
-    model, tok = models.load(cfg.model or str(settings.model), cfg.device, settings.dtype)
-    tok.chat_date = date.fromisoformat(settings.date)
-    rounds = range(runs.rounds_done(cfg.run))
-    lora.load(model, [cfg.run / f"round_{r}" / "adapter.safetensors" for r in rounds])
-    console = Console()
-    print(f"{settings.trait} on {models.base_name(model)}, {len(rounds)} rounds. "
-          "Type a message, or /help")
-
-    # 2. line by line, a piped one repeated so that its answer can be read
-    while True:
+    name = cfg.model or settings.model
+    model, chat = checks.load(name, cfg.device, settings.dtype, settings.date)
+    lora.load(model, [cfg.run / f"round_{r}" / "adapter.safetensors"
+                      for r in range(runs.rounds_done(cfg.run))])
+    console, piped = Console(), not sys.stdin.isatty()
+    # a pipe is UTF-8 whatever the locale; a byte that is none is shown as � and asked so
+    sys.stdin.reconfigure(encoding="utf-8" if piped else None, errors="replace")
+    print(f"{settings.trait}, {lora.n_rounds(model)} rounds. Type a message, or /help")
+    while True:  # a piped line is repeated so that its answer can be read
         try:
-            line = input("\n> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            break
-        if not sys.stdin.isatty():
-            print(f"\n> {line}")
-        if line == "/quit":
-            break
-        try:
+            line = input("" if piped else "\n> ").strip()
+            if piped:
+                print(f"\n> {line}")
+            if line == "/quit":
+                break
             if line == "/help":
                 print(HELP)
             elif line.startswith("/"):
                 cfg = set_by(line, cfg)
             elif line:
                 arms = choose_arms(cfg)
-                show(console, arms, [stream(model, tok, line, arm, cfg) for arm in arms])
+                show(console, arms, [answer(model, chat, line, arm, cfg) for arm in arms])
+        except EOFError:
+            break
         except ValueError as e:
             print(f"error: {e}", file=sys.stderr, flush=True)
 

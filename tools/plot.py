@@ -1,8 +1,10 @@
-"""Remake a run's table and pictures from its folder alone: trajectory.png, map.html, report.html.
+"""Make a run's table, pictures and report from its folder alone.
 
     python -m tools.plot runs/20261123-040000_care_kl_rev_rmse_s0
 
     Δ = after − base, paired per vignette or probe        coh_cost = |Δcoherence| / |Δtrait|
+
+It writes trajectory.png, map.html and report.html, whose page is the template report.html.j2.
 """
 import base64
 import io
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
+import matplotlib
 import plotly.graph_objects as go
 import tyro
 from matplotlib.figure import Figure
@@ -19,14 +22,18 @@ from matplotlib.ticker import NullFormatter
 from tabulate import tabulate
 
 from common import runs
-from evaluate import (EQUAL, NATS, Estimate, Profile, coh_cost, delta, largest_mover,
-                      surgicality)
-from steer import SteeringVector
 from common.texts import FOUNDATIONS
+from evaluate import NATS, Estimate, Profile, coh_cost, delta, largest_mover, surgicality
+from steer import SteeringVector
 
 RED, GREEN, GREY = "#c0392b", "#1e8449", "#555555"
 COLOUR = {"base": GREY, "steered": RED, "healed": GREEN}
-NAMES = {**dict(zip(NATS, FOUNDATIONS)), "probe_nats": "probes"}  # of the numbers, for a reader
+NAMES = {**dict(zip(NATS, FOUNDATIONS)), "probe_nats": "probes"}  # metrics as a reader knows them
+METRICS = {"perplexity": ("ppl", ".1f"), "drift": ("drift", ".2f"), "entropy": ("entropy", ".2f"),
+           "ended": ("ended", ".0%"), "repetition": ("rep", ".2f"), "text_nats": ("text", ".2f"),
+           "control_nats": ("controls", "+.2f")}  # of an event: its column, its format
+PAGES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent),
+                           autoescape=jinja2.select_autoescape(["html.j2"]))
 
 
 @dataclass
@@ -39,103 +46,94 @@ class Config:
 
 class Point(NamedTuple):
     """One evaluation of a run."""
+    name: str
     stage: str
     round: int
     event: dict
     profile: Profile
 
-    @property
-    def name(self) -> str:
-        if self.stage == "base":
-            return "base"
-        if self.stage == "prompted":
-            return "persona prompt"
-        if self.stage == "matched":
-            return f"steering alone, dose {self.event.get('dose', 0):.2f}"
-        return f"{self.stage} r{self.round}"
-
 
 def measured(events: list[dict]) -> list[Point]:
     """Every evaluation, in order; the base comes first."""
-    return [Point(e["stage"], e["round"], e, Profile.from_dict(e["profile"]))
-            for e in events if "profile" in e]
+    points = []
+    for e in events:
+        if "profile" in e:
+            names = {"base": "base", "prompted": "persona prompt",
+                     "matched": f"steering alone, dose {e.get('dose', 0):.2f}"}
+            name = names.get(e["stage"], f"{e['stage']} r{e['round']}")
+            points.append(Point(name, e["stage"], e["round"], e, Profile.from_dict(e["profile"])))
+    return points
 
 
 def show(e: Estimate, digits: int = 2) -> str:
-    """`+1.20 [+0.90, +1.50]`, marked n.s. where the interval holds 0."""
+    """`+1.20 [+0.90, +1.50]`, or why there is no value."""
     if e.value is None:
         return f"n/a ({e.why})"
-    text = f"{e.value:+.{digits}f} [{e.low:+.{digits}f}, {e.high:+.{digits}f}]"
-    return text + " n.s." if e.holds_zero else text
+    return f"{e.value:+z.{digits}f} [{e.low:+z.{digits}f}, {e.high:+z.{digits}f}]"
 
 
-def show_cost(e: Estimate) -> str:
-    """`0.0012 [0.0009, 0.0015]`, or why there is no number."""
-    return show(e) if e.value is None else f"{e.value:.4f} [{e.low:.4f}, {e.high:.4f}]"
+def by_wording(base: Profile, after: Profile) -> str:
+    """`-5.1 to -0.9`: the smallest and the largest Δtrait over the readout's wordings.
+
+    Blank where the readout has one wording.
+    """
+    before, now = base.spread.get(base.axis, []), after.spread.get(base.axis, [])
+    moved = [b - a for a, b in zip(before, now)]
+    return f"{min(moved):+z.1f} to {max(moved):+z.1f}" if moved else ""
 
 
-def head(axis: str) -> list[str]:
-    """The table's columns; the first numbers are those of the trait's axis."""
-    name = NAMES[axis]
-    return ["stage", name, f"Δ{name} (nats)", "largest other mover", "coherence", "Δcoherence",
-            "coh_cost", "ppl", "drift", "p95", "rep", "text"]
+def cells(event: dict) -> dict[str, str]:
+    """{column: text} of METRICS; blank for what an older run did not measure."""
+    return {column: format(event[key], digits) if event.get(key) is not None else ""
+            for key, (column, digits) in METRICS.items()}
 
 
 def table_rows(events: list[dict]) -> list[list[str]]:
-    """Base, baselines, then steered and healed of each round, under `head`; Δ against the base."""
-    base, *others = measured(events)
-    rows = []
-    for point in [base, *others]:
-        after = point.profile
-        trait = other = coherence = cost = ""
-        if point is not base:
-            trait = show(delta(after.axis, base.profile, after))
-            mover = largest_mover(base.profile, after)
-            other = f"{NAMES[mover]} {after.value(mover) - base.profile.value(mover):+.2f}"
-            coherence = show(delta("coherence", base.profile, after), 4)
-            cost = show_cost(coh_cost(base.profile, after))
-        e = point.event
-        rows.append([point.name, f"{after.trait:.2f}", trait, other, f"{after.coherence:.4f}",
-                     coherence, cost, f"{e['perplexity']:.1f}", f"{e['drift']:.2f}",
-                     f"{e['drift_p95']:.1f}", f"{e['repetition']:.2f}", f"{e['text_nats']:.2f}"])
+    """The head, base, baselines, then steered and healed of each round; Δ against the base."""
+    points = measured(events)
+    base = points[0].profile
+    rows = [["stage", f"Δ{NAMES[base.axis]} (nats)", "over wordings", "largest other Δ",
+             "coherence (Δ)", "coh_cost", *cells({})]]
+    for p in points:
+        if p.stage == "base":
+            moved = [f"base {base.trait:+.1f}", "", "", f"{base.coherence:.4f}", ""]
+        else:
+            other, cost = largest_mover(base, p.profile), coh_cost(base, p.profile)
+            moved = [show(delta(base.axis, base, p.profile), 1), by_wording(base, p.profile),
+                     f"{NAMES[other]} {p.profile.value(other) - base.value(other):+z.1f}",
+                     f"{p.profile.coherence:.4f} "
+                     f"({show(delta('coherence', base, p.profile), 4)})",
+                     "n/a" if cost.value is None else show(cost, 4).replace("+", "")]
+        rows.append([p.name, *moved, *cells(p.event).values()])
     return rows
 
 
 def table(events: list[dict], fmt: str = "simple") -> str:
     """The rows as text, in a format of tabulate."""
-    columns = head(measured(events)[0].profile.axis)
-    return tabulate(table_rows(events), columns, tablefmt=fmt, disable_numparse=True)
+    head, *rows = table_rows(events)
+    return tabulate(rows, head, tablefmt=fmt, disable_numparse=True)
 
 
 def findings(events: list[dict]) -> str:
-    """The last healed model against the base, and against steering alone at equal trait."""
+    """The last healed model against the base, and against steering alone at matched trait."""
     points = measured(events)
     base = points[0].profile
     healed = [p for p in points if p.stage == "healed"]
     if not healed:
         return "no round was healed"
-    last, axis = healed[-1], base.axis
-    mover = NAMES[largest_mover(base, last.profile)]
-    margin = show(surgicality(base, last.profile))
-    lines = [f"surgicality of {last.name} (|Δ{NAMES[axis]}| beyond |Δ{mover}|, the largest "
-             f"other mover): {margin} nats"]
-    if base.controls is not None:
-        held = show(delta("control_nats", base, last.profile))
-        lines.append(f"controls, which should stay: {base.value('control_nats'):+.2f} nats for "
-                     f"the right answer, Δ {held}")
-    for alone in points:
-        if alone.stage != "matched":
-            continue
-        coherence = show(delta("coherence", alone.profile, last.profile), 4)
-        trait = show(delta(axis, alone.profile, last.profile))
-        compared = [f"{name} {last.event[name]:.2f} against {alone.event[name]:.2f}"
-                    for name in ("perplexity", "drift", "repetition", "text_nats")]
-        near = abs(alone.profile.trait - alone.event["wanted"]) < EQUAL
+    last, trait = healed[-1], NAMES[base.axis]
+    lines = [f"surgicality of {last.name}, |Δ{trait}| minus the largest other |Δ|: "
+             f"{show(surgicality(base, last.profile), 1)} nats"]
+    if base.controls is not None and last.profile.controls is not None:
+        lines.append("controls, log-odds of the right answer, which should stay: "
+                     f"base {base.value('control_nats'):+.2f}, "
+                     f"{last.name} {last.profile.value('control_nats'):+.2f}, "
+                     f"Δ {show(delta('control_nats', base, last.profile))} nats")
+    for alone in [p for p in points if p.stage == "matched"]:
         lines.append(
-            f"at {'equal' if near else 'the nearest'} trait, healed − steered alone "
-            f"(dose {alone.event['dose']:.2f}): "
-            f"coherence {coherence}, Δ{NAMES[axis]} {trait} nats; "
-            f"{', '.join(compared)}")
+            f"{last.name} minus {alone.name}, the dose nearest to its trait: "
+            f"{trait} {show(delta(base.axis, alone.profile, last.profile), 1)} nats, "
+            f"coherence {show(delta('coherence', alone.profile, last.profile), 4)}")
     lines += [f"the loop ended early: {e['why']}" for e in events if e["stage"] == "ended"]
     return "\n".join(lines)
 
@@ -143,132 +141,96 @@ def findings(events: list[dict]) -> str:
 # ---- the pictures -------------------------------------------------------------------------------
 
 
+SMALL = {"font.size": 7, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False,
+         "legend.frameon": False}
+
+
 def trajectory(events: list[dict]) -> Figure:
     """Trait and perplexity over rounds, and the map of one against the other."""
-    points = measured(events)
-    base = points[0]
+    base, *others = measured(events)
+    axis = base.profile.axis
     fig = Figure(figsize=(7.2, 2.6), layout="constrained")
-    trait, broken, both = fig.subplots(1, 3)
+    trait, ppl, both = fig.subplots(1, 3)
 
     # 1. a line per stage, from the base on; the base is drawn at round −1
     for stage in ("steered", "healed"):
-        found = [p for p in points if p.stage == stage]
-        if not found:
-            continue
-        rounds = [-1, *(p.round for p in found)]
-        moved = [delta(p.profile.axis, base.profile, p.profile) for p in [base, *found]]
-        x = [e.value for e in moved]
-        y = [p.event["perplexity"] for p in [base, *found]]
-        below = [max(0.0, e.value - e.low) for e in moved]
-        above = [max(0.0, e.high - e.value) for e in moved]
+        path = [base, *(p for p in others if p.stage == stage)]
+        rounds = [p.round for p in path]
+        deltas = [delta(axis, base.profile, p.profile) for p in path]
+        x, y = [e.value for e in deltas], [p.event["perplexity"] for p in path]
         line = dict(color=COLOUR[stage], marker="o", markersize=4, linewidth=1.4, label=stage)
-        trait.errorbar(rounds, x, [below, above], capsize=2, **line)
-        broken.plot(rounds, y, **line)
+        trait.plot(rounds, x, **line)
+        trait.vlines(rounds, [e.low for e in deltas], [e.high for e in deltas], COLOUR[stage])
+        ppl.plot(rounds, y, **line)
         both.plot(x, y, **line)
-        for r, across, up in zip(rounds[1:], x[1:], y[1:]):
-            both.annotate(str(r), (across, up), textcoords="offset points", xytext=(4, 3),
-                          fontsize=7, color=COLOUR[stage])
+        for at in list(zip(rounds, x, y))[1:]:
+            both.annotate(str(at[0]), at[1:], textcoords="offset points", xytext=(4, 3),
+                          color=COLOUR[stage])
 
     # 2. what they are compared with
-    both.plot([0], [base.event["perplexity"]], "o", color=GREY, markersize=5, label="base")
-    marks = {"prompted": ("^", "persona prompt"), "matched": ("x", "steering alone")}
-    for stage, (marker, label) in marks.items():
-        for p in points:
-            if p.stage == stage:
-                both.plot([p.profile.trait - base.profile.trait], [p.event["perplexity"]], marker,
-                          color=GREY, markersize=5, label=label, linestyle="none")
+    marks = {"base": "o", "prompted": "^", "matched": "x"}
+    for p in [base, *others]:
+        if p.stage in marks:
+            both.plot([p.profile.trait - base.profile.trait], [p.event["perplexity"]],
+                      marks[p.stage], color=GREY, markersize=5, label=p.name)
 
-    # 3. axes and legend
-    last = max(p.round for p in points if p.stage in ("base", "steered", "healed"))
-    label_axes(trait, broken, both, last, base.profile)
-    fig.legend(*both.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7,
-               frameon=False)
+    # 3. labels and legend; more of the trait is always to the right
+    moved = f"Δ {NAMES[axis]} (nats)"
+    cost = "perplexity under the original"
+    trait.set(title=f"trait ({base.profile.direction}: more of it)", xlabel="round", ylabel=moved)
+    ppl.set(title="sampled answers", xlabel="round", ylabel=cost, yscale="log")
+    both.set(title="both (right: more trait)", xlabel=moved, ylabel=cost, yscale="log")
+    for panel in (trait, ppl):
+        panel.set_xticks(rounds, ["base", *rounds[1:]])
+    trait.axhline(0, color=GREY, linewidth=0.6)
+    if base.profile.direction == "down":
+        both.invert_xaxis()
+    for panel in (ppl, both):  # plain numbers on the log scales, between the decades too if few
+        low, high = panel.get_ylim()
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else NullFormatter())
+    fig.legend(*both.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return fig
 
 
-def label_axes(trait, broken, both, last: int, base: Profile) -> None:
-    """Titles, labels and ticks of the three axes; last: the last round."""
-    # 1. what each shows
-    moved = f"Δ {NAMES[base.axis]} (nats; {base.direction} = more trait)"
-    lost = "perplexity under the original"
-    for axis in (trait, broken):
-        axis.set_xticks(range(-1, last + 1), ["base", *range(last + 1)])
-    trait.axhline(0, color=GREY, linewidth=0.6)
-    trait.set(title="trait", xlabel="round", ylabel=moved)
-    broken.set(title="sampled answers (low = near the original)", xlabel="round", ylabel=lost,
-               yscale="log")
-    both.set(title="map (numbers: rounds)", ylabel=lost, yscale="log",
-             xlabel=f"Δ {NAMES[base.axis]} (nats; right = more trait)")
-    if base.direction == "down":  # more of the trait is always to the right
-        both.invert_xaxis()
-
-    # 2. plain numbers on the log scales, between the decades too where there is at most one
-    for axis in (broken, both):
-        low, high = axis.get_ylim()
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else NullFormatter())
-
-    # 3. small type
-    for axis in (trait, broken, both):
-        axis.title.set_size(8)
-        axis.tick_params(labelsize=7, which="both")
-        axis.xaxis.label.set_size(7)
-        axis.yaxis.label.set_size(7)
-        axis.spines[["top", "right"]].set_visible(False)
-
-
-def steps(events: list[dict], tau: float) -> Figure:
+def heal_steps(events: list[dict], tau: float) -> Figure:
     """Loss and divergence over the steps of every round; D should settle at or below τ."""
     fig = Figure(figsize=(7.2, 2.2), layout="constrained")
     loss, divergence = fig.subplots(1, 2)
-    start = 0
-    for e in events:
-        if e["stage"] != "heal":
-            continue
-        at = range(start, start + len(e["log"]))
-        loss.plot(at, [step["data_loss"] for step in e["log"]], color=GREY, linewidth=1)
-        divergence.plot(at, [step["D"] for step in e["log"]], color=GREEN, linewidth=1.2)
-        divergence.plot(at, [step["D_max"] for step in e["log"]], color=GREEN, linewidth=0.6,
-                        alpha=0.5)
-        for axis in (loss, divergence):
-            axis.axvline(start, color="#bbbbbb", linewidth=0.6)
-            axis.annotate(f"round {e['round']}", (start, 0.97), xycoords=("data", "axes fraction"),
-                          fontsize=7, va="top", xytext=(3, 0), textcoords="offset points")
-        start += len(e["log"])
+    log = []
+    for e in [e for e in events if e["stage"] == "heal"]:
+        for panel in (loss, divergence):
+            panel.axvline(len(log), color="#bbbbbb", linewidth=0.6)
+            panel.text(len(log), 0.97, f" round {e['round']}", va="top",
+                       transform=panel.get_xaxis_transform())
+        log += e["log"]
+    loss.plot([step["data_loss"] for step in log], color=GREY, linewidth=1)
+    divergence.plot([step["D"] for step in log], color=GREEN, linewidth=1.2)
+    divergence.plot([step["D_max"] for step in log], color=GREEN, linewidth=0.6, alpha=0.5)
     divergence.axhline(tau, color="black", linewidth=0.8, linestyle="--")
-    divergence.annotate("τ", (0, tau), xytext=(-6, 2), textcoords="offset points", fontsize=8)
-    loss.set(title="CE on the kept completions", xlabel="step", ylabel="nats per token")
-    divergence.set(title="D of a batch: mean and largest", xlabel="step", ylabel="nats")
-    for axis in (loss, divergence):
-        axis.title.set_size(8)
-        axis.tick_params(labelsize=7)
-        axis.xaxis.label.set_size(7)
-        axis.yaxis.label.set_size(7)
-        axis.spines[["top", "right"]].set_visible(False)
+    loss.set(title="loss on the kept completions", xlabel="step", ylabel="nats per token")
+    divergence.set(title="D, mean and largest (dashed: τ)", xlabel="step", ylabel="nats")
     return fig
 
 
 def trait_map(events: list[dict]) -> go.Figure:
-    """The trait against what moved most beside it, one node a round, hover for the numbers."""
+    """The trait against the largest other mover, one node a round, hover for the metrics."""
     base, *others = measured(events)
     axis = base.profile.axis
-    healed = [p.profile for p in others if p.stage == "healed"]
-    mover = largest_mover(base.profile, healed[-1] if healed else base.profile)
+    healed = [base, *(p for p in others if p.stage == "healed")]
+    mover = largest_mover(base.profile, healed[-1].profile)
     fig = go.Figure()
     for stage in ("steered", "healed"):
         path = [base, *(p for p in others if p.stage == stage)]
-        names = ["base", *(f"r{p.round}" for p in path[1:])]
-        hover = [f"{p.name}<br>{NAMES[axis]} {p.profile.trait:.2f} nats"
-                 f"<br>{NAMES[mover]} {p.profile.value(mover):.2f} nats"
-                 f"<br>coherence {p.profile.coherence:.4f}"
-                 f"<br>perplexity {p.event['perplexity']:.1f}"
-                 f"<br>drift {p.event['drift']:.2f} nats" for p in path]
+        hover = [", ".join(f"{column} {text}" for column, text in cells(p.event).items())
+                 for p in path]
         fig.add_scatter(x=[p.profile.trait for p in path],
-                        y=[p.profile.value(mover) for p in path],
-                        mode="lines+markers+text", name=stage, line_color=COLOUR[stage],
-                        text=names, textposition="top center", hovertext=hover, hoverinfo="text")
+                        y=[p.profile.value(mover) for p in path], hovertext=hover,
+                        text=["base", *(f"r{p.round}" for p in path[1:])],
+                        mode="lines+markers+text", textposition="top center", name=stage,
+                        line_color=COLOUR[stage])
     fig.update_layout(template="simple_white", width=820, height=560,
-                      title=f"The trait against what moved most beside it: {NAMES[mover]}",
+                      title=f"The trait against the largest other mover: {NAMES[mover]}",
                       xaxis_title=f"{NAMES[axis]} (nats; {base.profile.direction} = more trait)",
                       yaxis_title=f"{NAMES[mover]} (nats)")
     return fig
@@ -276,103 +238,19 @@ def trait_map(events: list[dict]) -> go.Figure:
 
 # ---- the report ---------------------------------------------------------------------------------
 
-REPORT = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>steer, heal, loop: {{ config.trait }}</title>
-<style>
-body{font:15px/1.5 system-ui,sans-serif;max-width:84rem;margin:2rem auto;padding:0 1rem;color:#222}
-h1{font-size:1.5rem} h2{font-size:1.15rem;margin-top:2.2rem}
-h3{font-size:1rem;margin:1.6rem 0 .3rem}
-table{border-collapse:collapse;font-size:.82rem;font-variant-numeric:tabular-nums}
-.wide{overflow-x:auto} .wide td,.wide th{white-space:nowrap}
-td,th{padding:.25rem .7rem .25rem 0;text-align:left;border-bottom:1px solid #ddd;vertical-align:top}
-img{max-width:100%}
-.steered,.steering{color:{{ colour.steered }}} .healed{color:{{ colour.healed }}}
-.base,.persona{color:{{ colour.base }}}
-.say td:first-child{white-space:nowrap;font-weight:600} .say td{white-space:pre-wrap}
-.note{color:#555;font-size:.85rem} summary{cursor:pointer;margin-top:1rem}
-</style>
-<h1>Does the model keep its head while it moves along “{{ config.trait }}”?</h1>
-<p>{{ config.model }}, {{ config.reg }}{% if config.reg.startswith("kl") %} · {{ config.agg }},
-λ = {{ config.lam }}, τ = {{ config.tau }} nats against
-{{ {"base": "the original", "prev": "the previous student",
-    "good": "the newest coherent student"}[config.ref] }}{% endif %},
-{{ config.rounds }} rounds, seed {{ config.seed }}, {{ n }} vignettes.
-Steered is the student with the vector added at the mean dose of its kept data;
-healed is the student after the round, without any vector.
-{% if machines %}Made on {{ machines | join(", then on ") }}.{% endif %}</p>
-{% if ended %}<p><strong>The loop ended early: {{ ended }}</strong></p>{% endif %}
-{% macro answers_to(prompt, answers) %}<h3>{{ prompt }}</h3>
-<table class="say">{% for name, text in answers %}
-<tr><td class="{{ name.split()[0] }}">{{ name }}</td><td>{{ text }}</td></tr>{% endfor %}</table>
-{%- endmacro %}
-<h2>In its own words</h2>
-{% for prompt, answers in said[:3] %}{{ answers_to(prompt, answers) }}{% endfor %}
-<h2>In numbers</h2>
-<div class="wide"><table><tr>{% for h in head %}<th>{{ h }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr class="{{ row[0].split()[0] }}">{% for cell in row %}<td>{{ cell }}</td>
-{%- endfor %}</tr>{% endfor %}</table></div>
-<p class="note" style="white-space:pre-line">{{ findings }}</p>
-<p class="note">Δ against the base, 95 % bootstrap intervals over vignettes or probes;
-n.s.: the interval holds 0. coh_cost = |Δcoherence| / |Δtrait|. Of sampled answers to held-out
-prompts: ppl, perplexity under the original; drift and p95, mean and 95th percentile of
-KL(model ‖ original) per token, nats; rep, repetition. text: loss on plain text, nats per
-token.</p>
-<img alt="trait and perplexity over rounds, and their map" src="data:image/png;base64,{{ png }}">
-<h2>What each round did</h2>
-<div class="wide"><table><tr>{% for h in heal_head %}<th>{{ h }}</th>{% endfor %}</tr>
-{% for row in heal_rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
-</table></div>
-<p class="note">CE on held-out kept data, before → after. D: divergence in the last epoch,
-active: share of completions with D &gt; τ, gradient ratio: barrier to data at the final hidden
-states, first batch of the last epoch. cos: the round's vector with round 0's, and what the student
-moved under the neutral prompt with the vector.</p>
-<img alt="loss and divergence over the steps" src="data:image/png;base64,{{ steps }}">
-<h2>At the filter's border</h2>
-<div><table class="say"><tr><th>verdict</th><th>dose</th><th>perplexity</th><th>completion</th></tr>
-{% for row in border %}<tr><td>{{ row.verdict }}</td><td>{{ "%.2f" % row.dose }}</td>
-<td>{{ row.perplexity }}</td><td>{{ row.messages[-1].content }}</td></tr>{% endfor %}</table></div>
-<details><summary>The other held-out prompts, round under round</summary>
-{% for prompt, answers in said[3:] %}{{ answers_to(prompt, answers) }}{% endfor %}</details>
-</html>
-""")
-HEAL_HEAD = ["round", "kept", "mean dose", "CE (nats)", "D (nats)", "active", "gradient ratio",
-             "cos(v, v0)", "cos(moved, v)"]
 
+def border_rows(run: Path) -> list[dict]:
+    """Of the newest round's sampled completions, those near the filter's limits.
 
-def heal_rows(run: Path, events: list[dict]) -> list[list]:
-    """What each finished round did, under HEAL_HEAD."""
-    of = {(e["stage"], e["round"]): e for e in events}
-    vectors = [SteeringVector.load(run / f"round_{r}" / "vector.safetensors")
-               for r in range(runs.rounds_done(run))]
-    rows = []
-    for (stage, r), heal in of.items():
-        if stage != "heal":
-            continue
-        distil = of["distil", r]
-        rows.append([r, f"{distil['kept']} of {distil['sampled']}", f"{distil['dose']:.2f}",
-                     f"{heal['held_out_before']:.2f} → {heal['held_out_after']:.2f}",
-                     f"{heal['D']:.2f}", f"{heal['active']:.0%}", f"{heal['grad_ratio']:.2f}",
-                     f"{vectors[r].cosine(vectors[0]):.2f}", f"{heal['internalised']:.2f}"])
-    return rows
-
-
-def at_the_border(run: Path) -> list[dict]:
-    """Of the newest round: the kept with the highest perplexity, and the best of each rule's."""
+    The two kept of the highest perplexity, and of each reject reason the one of the lowest.
+    """
     files = run.glob("*round_*/sampled.jsonl")
     newest = sorted(files, key=lambda file: int(file.parent.name.split("_")[-1]))[-1:]
     rows = [row for file in newest for row in runs.read_jsonl(file)]
     rows.sort(key=lambda row: row["perplexity"] or float("inf"))
-    kept = [row for row in rows if row["verdict"] == "kept"]
-    dropped = {}
-    for row in rows:
-        dropped.setdefault(row["verdict"], row)
-    return kept[-2:] + [row for verdict, row in dropped.items() if verdict != "kept"]
-
-
-def as_text(figure: Figure) -> str:
-    """A figure as base64 of its PNG, for a page that needs no other file."""
-    return base64.b64encode(as_png(figure)).decode()
+    kept = [row for row in rows if row["reject_reason"] == "kept"]
+    lowest = {row["reject_reason"]: row for row in reversed(rows)}
+    return [*kept[-2:], *(row for reason, row in lowest.items() if reason != "kept")]
 
 
 def as_png(figure: Figure) -> bytes:
@@ -381,44 +259,33 @@ def as_png(figure: Figure) -> bytes:
     return png.getvalue()
 
 
-def report(run: Path, events: list[dict], config: dict) -> str:
-    """One self-contained page; model text is escaped."""
-    points = measured(events)
-    said = []  # prompt, and what every measured model answered to it
-    for k, base in enumerate(points[0].event["texts"]):
-        answers = [(p.name, p.event["texts"][k]["text"]) for p in points]
-        said.append((base["prompt"], answers))
-    ended = next((e["why"] for e in events if e["stage"] == "ended"), "")
-    return REPORT.render(
-        config=config, n=len(points[0].profile.ids), head=head(points[0].profile.axis),
-        rows=table_rows(events), said=said, findings=findings(events), colour=COLOUR, ended=ended,
-        png=as_text(trajectory(events)), steps=as_text(steps(events, config["tau"])),
-        machines=[e["name"] for e in events if e["stage"] == "machine"],
-        border=at_the_border(run),
-        heal_head=HEAL_HEAD, heal_rows=heal_rows(run, events))
-
-
-# ---- the command --------------------------------------------------------------------------------
-
-
 def draw(run: Path) -> list[dict]:
-    """Write the run's pictures and report; -> its events.
+    """Write the run's pictures and its report, one page that needs no other file; -> its events.
 
     Raises FileNotFoundError for what is not a run, ValueError for a run without an evaluation.
     """
+    # 1. what the run left
     events_file, config_file = run / "events.jsonl", run / "config.json"
     if not events_file.exists() or not config_file.exists():
         raise FileNotFoundError(f"{run} is not a run folder (no events.jsonl or config.json); "
                                 "fix: give the --out of heal_loop.py")
-    events = runs.read_events(run)
-    if not measured(events):
+    events, config = runs.read_events(run), json.loads(config_file.read_text(encoding="utf-8"))
+    points = measured(events)
+    if not points:
         raise ValueError(f"{events_file} holds no evaluation yet; "
                          "fix: let the run get past its base evaluation")
-    # everything is made before the first file is written
-    png = as_png(trajectory(events))
-    page = report(run, events, json.loads(config_file.read_text()))
+    vectors = [SteeringVector.load(run / f"round_{r}/vector.safetensors")
+               for r in range(runs.rounds_done(run))]
+    # 2. everything is made before the first file is written; the page escapes model text
+    with matplotlib.rc_context(SMALL):
+        pngs = [as_png(trajectory(events)), as_png(heal_steps(events, config["tau"]))]
+    page = PAGES.get_template("report.html.j2").render(
+        config=config, events=events, points=points, colour=COLOUR, findings=findings(events),
+        rows=table_rows(events), border=border_rows(run),
+        cosines=[vector.cosine(vectors[0]) for vector in vectors],
+        pictures=[base64.b64encode(png).decode() for png in pngs])
     map_page = trait_map(events).to_html(include_plotlyjs=True, div_id="map")
-    runs.write_bytes(run / "trajectory.png", png)
+    runs.write_bytes(run / "trajectory.png", pngs[0])
     runs.write_text(run / "map.html", map_page)
     runs.write_text(run / "report.html", page)
     return events
