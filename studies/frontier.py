@@ -213,7 +213,7 @@ def figure(records: list[Record], metrics: list[str] = (), x: str = "Δtrait") -
                 axis.plot([e[x]], [e[metric]], "k^", markersize=5, label="persona prompt")
         axis.set_xlabel("Δtrait (nats)" if x == "Δtrait" else x, fontsize=7)
         axis.set_title(metric, fontsize=8)
-        axis.tick_params(labelsize=7)
+        axis.tick_params(labelsize=7, which="both")
         axis.spines[["top", "right"]].set_visible(False)
         if metric in ("perplexity", "judge"):
             axis.set_yscale("log")
