@@ -1,55 +1,41 @@
-"""Compare arms: every combination of regulariser, aggregation, τ, ... × seed, a run folder each.
+"""Compare arms: every combination of teacher, targets, regulariser, τ, ... × seed, a run each.
 
-    python -m tools.sweep --reg nll kl_rev --agg mean rmse --tau 0.1 0.2 0.4 --seeds 0 1 2 --rounds 4
-    python -m tools.sweep --reg nll --doses 0 1,2 2,4           # an arm a word: placebo; 1 and 2; 2 and 4
-    python -m tools.sweep --executor local --gpus 0 1 2 3       # four runs at once, one GPU each
-    python -m tools.sweep --executor slurm --partition gpu --model google/gemma-3-4b-it --readout tinymfv
+    python -m tools.sweep --reg nll kl_rev --tau 0.1 0.2 0.4 --seeds 0 1 2 --rounds 4
+    python -m tools.sweep --reg nll --doses 0 1,2 2,4         # an arm a word: unsteered; 1, 2; 2, 4
+    python -m tools.sweep --reg nll --teacher steered prompted --targets samples soft
+    python -m tools.sweep --executor local --gpus 0 1 1       # three runs at once, two on GPU 1
+    python -m tools.sweep --executor slurm --sbatch "--partition gpu --gpus-per-node 1 --time 480"
+    python -m studies.frontier results/runs/sweep             # then: the page of tables, its figure
 
 Every flag of heal_loop.py works here too and holds for all arms. The same command goes on where it
 stopped: a finished run is not run again. Runs that differ only in how they heal share round 0 up to
-its healing: the first of them makes it, the others are forks of it.
+its healing: the first of them makes it, the others are forks of it. With --only NAME it makes that
+one run: so the executors call it, and so may any other scheduler.
 
-When all is run: a record of each run (its numbers, no texts) in results/runs/, and from these the
-table and its figure, which `python -m studies.frontier results/runs/sweep` remakes without a model.
+When all is run, a record of each run (its metrics, no texts) is in results/runs/NAME, NAME that of
+--out: one JSON line of settings, and one per event.
 """
 import functools
 import itertools
 import json
 import os
 import shlex
+import shutil
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, field, replace
-from datetime import date
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import tyro
 
 import evaluate
-from studies import frontier
 import heal_loop
 import lora
-from common import models
-from common import runs
-from common import texts
+from common import checks, prompts, runs, texts
 from steer import band, extract_vector
-
-
-def apart(words: list[str]) -> tuple[float, ...]:
-    """One arm's doses from one word: ["1,2"] -> (1.0, 2.0)."""
-    return tuple(map(float, words[0].split(",")))
-
-
-def together(doses: tuple[float, ...]) -> str:
-    return ",".join(f"{dose:g}" for dose in doses)
-
-
-Together = Annotated[tuple[float, ...], tyro.constructors.PrimitiveConstructorSpec(
-    nargs=1, metavar="X[,X]", instance_from_str=apart,
-    is_instance=lambda value: isinstance(value, tuple),
-    str_from_instance=lambda value: [together(value)])]
 
 
 @dataclass
@@ -57,11 +43,16 @@ class Config:
     # what arms differ in: every combination is an arm; a list left out is as heal_loop.py has it
     reg: tuple[Literal["nll", "kl_fwd", "kl_rev", "wd"], ...] = ("nll", "kl_fwd", "kl_rev", "wd")
     agg: tuple[Literal["mean", "rmse", "p95", "max"], ...] = ("mean", "rmse")
-    doses: tuple[Together, ...] = ()  # one arm's doses joined by commas
-    dose_nats: tuple[Together, ...] = ()  # likewise
+    trait: tuple[str, ...] = ()  # of one axis, such as care and authority
+    teacher: tuple[Literal["steered", "prompted"], ...] = ()
+    doses: tuple[str, ...] = ()  # an arm a word: its doses joined by commas
+    dose_nats: tuple[str, ...] = ()  # likewise
+    top_k: tuple[int, ...] = ()  # 0: the whole vocabulary
+    top_p: tuple[float, ...] = ()  # 1: the whole vocabulary
+    max_perplexity: tuple[float, ...] = ()
+    targets: tuple[Literal["samples", "soft"], ...] = ()
     rank: tuple[int, ...] = ()
     lam: tuple[float, ...] = ()
-    lam_power: tuple[float, ...] = ()
     tau: tuple[float, ...] = ()
     ref: tuple[Literal["base", "prev", "good"], ...] = ()
     weight_decay: tuple[float, ...] = ()
@@ -73,37 +64,47 @@ class Config:
     baselines: bool = False  # also measure every run's own baselines
     # where
     out: Path = Path("runs/sweep")  # folder of the run folders
-    table: Path = Path("results/arms.md")  # the comparison; runs/ and its figure go beside it
-    executor: Literal["here", "local", "slurm"] = "here"  # in this process, or jobs by submitit
-    gpus: tuple[int, ...] = ()  # local: the GPUs, one run at a time on each; default: all there are
-    partition: str | None = None  # slurm: the partition
-    hours: runs.Above0 = 8.0  # local and slurm: time limit of one run
+    records: Path = Path("results/runs")  # the records go into a folder in it, named as --out
+    executor: Literal["here", "local", "slurm"] = "here"  # in this process, or a process a run
+    gpus: tuple[int, ...] = ()  # local: a GPU for each run at a time; default: all, one run each
+    sbatch: str = ""  # slurm: flags of sbatch for each run: partition, GPU, time limit, account
+    only: str | None = None  # the one run to make, such as kl_rev_rmse_s0, or alone
     run: tyro.conf.Suppress[heal_loop.Config] = field(default_factory=heal_loop.Config)  # the rest
 
 
 # ---- the arms -----------------------------------------------------------------------------------
 
-BARRIER = ("agg", "lam", "lam_power", "tau", "ref")
-IGNORED = {"nll": (*BARRIER, "weight_decay"), "wd": BARRIER,
-           "kl_fwd": ("weight_decay",), "kl_rev": ("weight_decay",)}  # what has no effect
 DOSES = ("doses", "dose_nats")
-VARIED = ("reg", "agg", *DOSES, "rank", "lam", "lam_power", "tau", "ref",
-          "weight_decay", "lr", "epochs")
-SHORT = {"doses": "dose", "dose_nats": "nats", "lam_power": "power", "weight_decay": "decay"}
+VARIED = ("reg", "agg", "trait", "teacher", *DOSES, "top_k", "top_p", "max_perplexity", "targets",
+          "rank", "lam", "tau", "ref", "weight_decay", "lr", "epochs")
+BARRIER = ("agg", "lam", "tau", "ref")
+IGNORED = {"nll": (*BARRIER, "weight_decay"), "wd": BARRIER, "kl_fwd": ("weight_decay",),
+           "kl_rev": ("weight_decay",), "steered": (), "prompted": DOSES}  # what has no effect
+SHORT = {"agg": "", "trait": "", "teacher": "", "targets": "", "doses": "dose", "top_k": "k",
+         "dose_nats": "nats", "top_p": "p", "max_perplexity": "ppl", "weight_decay": "decay"}
+
+
+def split_doses(flag: str, word: str) -> tuple[float, ...]:
+    """One arm's doses from one word: "1,2" -> (1.0, 2.0)."""
+    try:
+        return tuple(map(float, word.split(",")))
+    except ValueError:
+        raise ValueError(f"--{flag} {word} is malformed; fix: numbers, as in 0 1,2") from None
 
 
 def arm_name(chosen: dict, lists: dict[str, list]) -> str:
     """Such as kl_rev_rmse_tau0.2: regulariser, aggregation, and what else varies in this sweep."""
+    ignored = ("reg", *IGNORED[chosen["reg"]], *IGNORED[chosen["teacher"]])
     words = [chosen["reg"]]
     for name, value in chosen.items():
-        if name in IGNORED[chosen["reg"]] or name == "reg":
+        if name in ignored or name != "agg" and len(lists[name]) == 1:
             continue
-        if name == "agg":
-            words.append(value)
-        elif len(lists[name]) > 1:
-            shown = together(value) if name in DOSES else value
-            shown = f"{shown:g}" if isinstance(shown, (int, float)) else shown
-            words.append(SHORT.get(name, name) + shown.replace(",", "+"))
+        if name in DOSES:
+            value = "+".join(f"{dose:g}" for dose in value)
+        elif name == "trait":
+            value = Path(value).stem
+        shown = value if isinstance(value, str) else f"{value:g}"
+        words.append(SHORT.get(name, name) + shown)
     return "_".join(words)
 
 
@@ -115,23 +116,27 @@ def arms(cfg: Config) -> dict[str, list[heal_loop.Config]]:
     for name in ("seed", "resume", "fork", "at"):
         if getattr(cfg.run, name) != getattr(heal_loop.Config, name):
             raise ValueError(f"--{name} is a single run's; fix: leave it out, seeds go by --seeds")
+
     # dict.fromkeys: what a flag names twice is run once, in the order of the flag
     lists = {}
     for name in VARIED:
-        lists[name] = list(dict.fromkeys(getattr(cfg, name) or [getattr(cfg.run, name)]))
-    found = {}
+        values = getattr(cfg, name)
+        if name in DOSES:
+            values = [split_doses(name.replace("_", "-"), word) for word in values]
+        lists[name] = list(dict.fromkeys(values or [getattr(cfg.run, name)]))
+    by_arm = {}
     for values in itertools.product(*lists.values()):
         chosen = dict(zip(lists, values))
         arm = arm_name(chosen, lists)
-        if arm in found:  # differs only in what its regulariser ignores
+        if arm in by_arm:  # differs only in what has no effect
             continue
-        found[arm] = []
+        by_arm[arm] = []
         for seed in dict.fromkeys(cfg.seeds):
             run = replace(cfg.run, **chosen, seed=seed, baselines=cfg.baselines,
                           out=cfg.out / f"{arm}_s{seed}")
             runs.check_ranges(run)
-            found[arm].append(texts.complete(run))
-    return found
+            by_arm[arm].append(texts.complete(run))
+    return by_arm
 
 
 def upstream(run: heal_loop.Config) -> str:
@@ -141,7 +146,7 @@ def upstream(run: heal_loop.Config) -> str:
 
 
 def is_finished(run: heal_loop.Config) -> bool:
-    """True where the last number is on record, or the reason why there is none.
+    """True where the last metric is on record, or the reason why there is none.
 
     Raises ValueError for a folder of other settings.
     """
@@ -156,8 +161,6 @@ def is_finished(run: heal_loop.Config) -> bool:
 
 def run_arm(run: heal_loop.Config, trunk: heal_loop.Config, loaded=None) -> None:
     """One run from wherever it stands to its end; a run that has not begun forks from `trunk`."""
-    if is_finished(run):
-        return print(f"{run.out} is finished")
     if (run.out / "config.json").exists():
         run = replace(run, resume=run.out)
     elif trunk.out != run.out and runs.rounds_done(trunk.out):
@@ -167,7 +170,7 @@ def run_arm(run: heal_loop.Config, trunk: heal_loop.Config, loaded=None) -> None
     except runs.Ended as e:  # on record in the run, and a result of this arm
         print(f"{run.out} ended: {e}")
     finally:
-        if loaded and hasattr(loaded[0], "lora_config"):
+        if loaded and lora.is_attached(loaded[0]):
             lora.detach(loaded[0])  # the next run gets the plain model
 
 
@@ -175,9 +178,10 @@ def run_arm(run: heal_loop.Config, trunk: heal_loop.Config, loaded=None) -> None
 
 
 def references(cfg: Config, run: heal_loop.Config) -> heal_loop.Config:
-    """The run folder of what is not trained, which no flag of healing changes."""
-    usual = {name: getattr(heal_loop.Config, name) for name in heal_loop.HEALING}
-    return replace(run, **usual, doses=None, dose_nats=None, seed=0, out=cfg.out / "alone")
+    """The run folder of what is not trained, which no flag of teacher or healing changes."""
+    names = {*VARIED, *heal_loop.HEALING, "seed"} - {"trait"}
+    usual = {name: getattr(heal_loop.Config, name) for name in names}
+    return texts.complete(replace(run, **usual, out=cfg.out / "alone"))
 
 
 def doses_left(run: heal_loop.Config, doses: tuple[float, ...]) -> list[float]:
@@ -192,30 +196,26 @@ def doses_left(run: heal_loop.Config, doses: tuple[float, ...]) -> list[float]:
 def steer_alone(run: heal_loop.Config, doses: tuple[float, ...], loaded=None) -> None:
     """The original, with the persona as its prompt, and with its own vector at each dose."""
     doses = doses_left(run, doses)
-    if not doses:
-        return
     reading = texts.read(run)
     if (run.out / "config.json").exists():
         run = replace(run, resume=run.out)
-    model, tok = loaded or models.load(run.model, run.device, run.dtype)
-    tok.chat_date = date.fromisoformat(run.date)
+    model, chat = loaded or checks.load(run.model, run.device, run.dtype, run.date)
     lora.attach(model)  # whose gates, shut, are the original
     try:
         again = "python -m tools.sweep, with the same flags"
         with runs.begin(run, "alone", again=again) as folder, lora.gates(model, history=0, live=0):
-            measure = functools.partial(evaluate.measure, model, tok, reading,
+            measure = functools.partial(evaluate.measure, model, chat, reading,
                                         readout=run.readout, think_tokens=run.think_tokens)
             base = folder.find("base", -1) or folder.record("base", -1, **measure("base"))
             constants = evaluate.Profile.from_dict(base["profile"]).constants
             measure = functools.partial(measure, constants=constants)
             if not folder.find("prompted", -1):
-                numbers = measure("prompted", system=reading.persona.pos)
-                folder.record("prompted", -1, **numbers)
-            vector = extract_vector(model, tok, reading.persona, reading.contexts,
-                                    band(model, run.steer_layers))
+                folder.record("prompted", -1, **measure("prompted", system=reading.pos))
+            pos, neg = prompts.persona_prompts(chat, reading.pos, reading.neg, reading.contexts)
+            vector = extract_vector(model, pos, neg, band(model, run.steer_layers))
             for dose in doses:
-                numbers = measure(f"dose {dose:g}", vector=vector, dose=dose)
-                folder.record("alone", 0, dose=dose, **numbers)
+                metrics = measure(f"dose {dose:g}", vector=vector, dose=dose)
+                folder.record("alone", 0, dose=dose, **metrics)
     finally:
         lora.detach(model)
 
@@ -223,158 +223,183 @@ def steer_alone(run: heal_loop.Config, doses: tuple[float, ...], loaded=None) ->
 # ---- where they run -----------------------------------------------------------------------------
 
 
-def check_executor(cfg: Config) -> None:
-    """Raises ValueError where the package, the GPUs or the cluster is missing."""
-    if cfg.executor == "here":
-        return
-    instead = "or --executor here"
-    try:
-        import submitit
-    except ImportError:
-        raise ValueError(f"--executor {cfg.executor} needs the package submitit; "
-                         f"fix: pip install -r requirements-cluster.txt, {instead}") from None
-    if cfg.executor == "local" and not cfg.gpus and not torch.cuda.device_count():
-        raise ValueError("--executor local: no GPU here; "
-                         f"fix: --gpus 0 1 for two runs at once all the same, {instead}")
-    if cfg.executor == "slurm" and submitit.SlurmExecutor.affinity() < 0:
-        raise ValueError("--executor slurm: no srun here; "
-                         f"fix: run it on the cluster's login node, {instead}")
+def log_of(cfg: Config, name: str) -> Path:
+    return cfg.out / "jobs" / f"{name}.log"
 
 
-def execute(cfg: Config, calls: list) -> None:
-    """Make every call, each with no arguments, and wait until the last is over, well or not."""
-    # jobs import this folder's modules wherever they start
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(runs.HERE), os.environ.get("PYTHONPATH", "")])
-    if cfg.executor == "local":
-        execute_local(cfg, calls)
-    elif cfg.executor == "slurm":
-        execute_slurm(cfg, calls)
-    else:
-        for call in calls:
-            call()
+def execute(cfg: Config, names: list[str]) -> None:
+    """Each run by `--only` in a process of its own, and wait for the last, well or not.
 
+    local: one at a time for each of --gpus, which is all that it sees. slurm: all at once, each by
+    `sbatch --wait`, which lasts as long as its job and itself tells when SLURM does not answer or
+    has forgotten the job. Raises ValueError where GPUs or cluster are missing.
+    """
+    # 1. what there is to run on
+    is_local, job = cfg.executor == "local", f"{cfg.out.name}_{os.getpid()}"
+    gpus = list(cfg.gpus or range(torch.cuda.device_count())) if is_local else [None] * len(names)
+    if is_local and not gpus:
+        raise ValueError("--executor local: no GPU here; fix: --gpus 0 1 for two runs at once all "
+                         "the same, or --executor here")
+    if not is_local and not shutil.which("sbatch"):
+        raise ValueError("--executor slurm: no sbatch here; fix: run it on the cluster's login "
+                         "node, or --executor here")
+    path = os.pathsep.join([str(runs.HERE), os.environ.get("PYTHONPATH", "")])
+    (cfg.out / "jobs").mkdir(parents=True, exist_ok=True)
 
-def execute_local(cfg: Config, calls: list) -> None:
-    """submitit on this machine: one process at a time on each GPU, which is all that it sees."""
-    import submitit
-    executors = {}
-    for gpu in cfg.gpus or range(torch.cuda.device_count()):
-        executors[gpu] = submitit.LocalExecutor(cfg.out / "jobs")
-        executors[gpu].update_parameters(timeout_min=60 * cfg.hours, gpus_per_node=1,
-                                         visible_gpus=(gpu,))
-    waiting, running = list(calls), {}
+    # 2. start, wait, and say what is waited for: when that changes, and every ten minutes
+    waiting, running, line, told = list(names), {}, "", 0.0
     try:
         while waiting or running:
-            for gpu, executor in executors.items():
-                if gpu in running and running[gpu].done():
-                    del running[gpu]
-                if gpu not in running and waiting:
-                    running[gpu] = executor.submit(waiting.pop(0))
+            running = {k: run for k, run in running.items() if run[1].poll() is None}
+            for k, gpu in enumerate(gpus):
+                if k not in running and waiting:
+                    name = waiting.pop(0)
+                    log, env = log_of(cfg, name), os.environ | {"PYTHONPATH": path}
+                    command = [sys.executable, "-m", "tools.sweep", *sys.argv[1:],
+                               "--executor", "here", "--only", name]
+                    if is_local:
+                        env["CUDA_VISIBLE_DEVICES"] = str(gpu)
+                    else:
+                        command = ["sbatch", "--wait", *shlex.split(cfg.sbatch), f"--output={log}",
+                                   "--open-mode=append", f"--job-name={job}",
+                                   f"--wrap={shlex.join(command)}"]
+                    with log.open("a") as file:
+                        process = subprocess.Popen(command, env=env, stdout=file, stderr=file)
+                    running[k] = name, process
+            news = " ".join(["waiting for", *(name for name, _ in running.values()),
+                             *[f"and {len(waiting)} that have not begun"] * bool(waiting)])
+            if running and (news != line or time.monotonic() - told > 600):
+                print(news, flush=True)
+                line, told = news, time.monotonic()
             time.sleep(0.5)
-    finally:
-        for job in running.values():
-            job.cancel()
+    finally:  # where it was interrupted
+        for _, process in running.values():
+            process.terminate()
+        if running and not is_local:
+            subprocess.run(["scancel", f"--name={job}"])
 
 
-def execute_slurm(cfg: Config, calls: list) -> None:
-    """A job array. Raises ValueError where the cluster refuses it."""
-    import submitit
+def last_line(log: Path) -> str:
+    """What a process wrote last, such as its error or why SLURM cancelled it."""
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
+    return next((line for line in reversed(lines) if line.strip()), "it left no log")
 
-    # 1. GPUs are asked for where the partition has some
-    partition = ["--partition", cfg.partition] if cfg.partition else []
-    resources = subprocess.run(["sinfo", "--noheader", "--format=%G", *partition],
-                               capture_output=True, text=True).stdout
-    gpus = {"gpus_per_node": 1} if "gpu" in resources and cfg.run.device != "cpu" else {}
-    executor = submitit.SlurmExecutor(cfg.out / "jobs")
-    executor.update_parameters(time=int(60 * cfg.hours), job_name=cfg.out.name,
-                               partition=cfg.partition, **gpus)
-    try:
-        jobs = executor.submit_array(calls)
-    except submitit.core.utils.FailedJobError as e:
-        raise ValueError(f"sbatch refused the jobs: {e}; fix: --partition, --hours") from None
 
-    # 2. until none is in the queue any more: what became of them, the run folders say
-    waiting = {job.job_id for job in jobs}
-    try:
-        while waiting:
-            time.sleep(2)
-            queue = subprocess.run(["squeue", "--noheader", "--me", "--array", "--format=%i"],
-                                   capture_output=True, text=True)
-            if queue.returncode == 0:  # a controller that restarts answers later
-                waiting &= set(queue.stdout.split())
-    finally:
-        if waiting:
-            subprocess.run(["scancel", *sorted(waiting)])
+# ---- records ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Record:
+    """One run, without its texts."""
+    name: str  # of the run folder
+    config: dict  # its settings, its `arm`, and the `command` of the sweep
+    events: list[dict]
+
+    def of(self, stage: str) -> list[dict]:
+        """The events of a stage, in order."""
+        return [e for e in self.events if e["stage"] == stage]
+
+
+def slim(event: dict) -> dict:
+    """An event without texts, of whose profile axis, direction, size and spread are kept.
+
+    spread: the trait metric under each wording or on each probe, nats.
+    """
+    kept = {k: v for k, v in event.items() if k not in ("texts", "log", "profile")}
+    if profile := event.get("profile"):
+        axis = profile["axis"]
+        kept |= {"axis": axis, "direction": profile["direction"], "n": len(profile["ids"]),
+                 "spread": profile["spread"].get(axis, [])}
+    return json.loads(json.dumps(kept), parse_float=lambda digits: float(f"{float(digits):.6g}"))
+
+
+def record(run: Path, **labels) -> Record:
+    """The record of a run folder. labels: what its settings do not say, such as the arm."""
+    settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    return Record(run.name, {**labels, **settings}, [slim(e) for e in runs.read_events(run)])
+
+
+def save(record: Record, folder: Path) -> None:
+    """Write a record. What studies.judge added to the one before it stays with the same events."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{record.name}.jsonl"
+    before = runs.read_jsonl(file)[1:] if file.exists() else []
+    for event, earlier in zip(record.events, before):
+        if {**earlier, **event} == earlier:
+            event |= earlier
+    first = {"stage": "config", "round": -1, **record.config}
+    runs.write_text(file, runs.to_jsonl([first, *record.events]))
+
+
+def load(folder: Path) -> list[Record]:
+    """Every record of a folder. Raises ValueError for a folder or a file without one."""
+    records = []
+    for file in sorted(folder.glob("*.jsonl")):
+        first, *events = runs.read_jsonl(file)
+        if (first.pop("stage"), first.pop("round")) != ("config", -1):
+            raise ValueError(f"{file} is not a record (its first line is no config); "
+                             "fix: run the sweep again, which writes it anew")
+        records.append(Record(file.stem, first, events))
+    if not records:
+        raise ValueError(f"{folder} holds no records; fix: give one that tools.sweep wrote")
+    return records
 
 
 # ---- the command --------------------------------------------------------------------------------
 
 
-def flags_of(cfg: Config) -> str:
-    """The flags that make this table, those at their default left out."""
-    chosen = {"reg": cfg.reg, "agg": cfg.agg, "seeds": cfg.seeds, "rounds": cfg.run.rounds}
-    default = runs.settings(heal_loop.Config())
-    for name, value in runs.settings(cfg.run).items():
-        if name in DOSES:
-            value = [together(doses) for doses in getattr(cfg, name) or [value] if doses]
-        elif name in VARIED:
-            value = getattr(cfg, name) or value
-        is_left_out = value in (None, [], default[name])
-        if not is_left_out and name not in (*chosen, "seed", "baselines"):
-            chosen[name] = value
-    if cfg.alone != Config.alone:
-        chosen["alone"] = cfg.alone
-    words = []
-    for name, value in chosen.items():
-        values = value if isinstance(value, (tuple, list)) else [value]
-        words.append(shlex.join([f"--{name.replace('_', '-')}", *map(str, values)]))
-    return " ".join(words + ["--baselines"] * cfg.baselines)
-
-
 def main(cfg: Config) -> None:
     # 1. what is to be run, checked before a folder appears
     by_arm = arms(cfg)
-    every = [run for of_arm in by_arm.values() for run in of_arm]
-    alone = references(cfg, every[0])
-    texts.read(every[0])
-    check_executor(cfg)
-    todo = [run for run in every if not is_finished(run)]
-    to_steer = doses_left(alone, cfg.alone)
+    every = {run.out.name: run for of_arm in by_arm.values() for run in of_arm}
+    alone = references(cfg, next(iter(every.values())))
+    for run in every.values():
+        texts.read(run)
+    if cfg.only not in (None, "alone", *every):
+        raise ValueError(f"--only {cfg.only} is no run of these flags; fix: {' '.join(every)}")
+    todo = unfinished(cfg, every, alone)
     print(f"{len(every)} runs in {cfg.out}, {len(todo)} to do", flush=True)
-    loaded = None  # here, one model for all runs
-    if cfg.executor == "here" and (todo or to_steer):
-        loaded = models.load(cfg.run.model, cfg.run.device, cfg.run.dtype)
 
     # 2. first what others fork from, then these
     trunks = {}
-    for run in every:
+    for run in every.values():
         trunks.setdefault(upstream(run), run)
-    first = [run for run in todo if trunks[upstream(run)] is run]
-    others = [run for run in todo if trunks[upstream(run)] is not run]
-    for wave in (first, others):
-        calls = [functools.partial(run_arm, run, trunks[upstream(run)], loaded) for run in wave]
-        if to_steer and wave is first:
-            calls.insert(0, functools.partial(steer_alone, alone, cfg.alone, loaded))
-        if calls:
-            execute(cfg, calls)
-    cut = [run.out.name for run in every if not is_finished(run)]
-    cut += [alone.out.name] if doses_left(alone, cfg.alone) else []
-    if cut:
-        raise ValueError(f"did not finish: {' '.join(cut)}; fix: read their logs in "
-                         f"{cfg.out / 'jobs'}; the same command goes on")
+    trunk_of = {name: trunks[upstream(run)] for name, run in every.items()}
+    forks = [name for name in todo if name != "alone" and trunk_of[name].out.name != name]
+    first = [name for name in todo if name not in forks]
+    if cfg.executor != "here":
+        for names in filter(None, (first, forks)):
+            execute(cfg, names)
+    elif todo:  # one model for all runs
+        loaded = checks.load(cfg.run.model, cfg.run.device, cfg.run.dtype, cfg.run.date)
+        for name in (*first, *forks):
+            if name == "alone":
+                steer_alone(alone, cfg.alone, loaded)
+            else:
+                run_arm(every[name], trunk_of[name], loaded)
 
-    # 3. the records, and the page that is made from them
-    folder = cfg.table.parent / "runs" / cfg.out.name
-    records = []
-    for arm, of_arm in by_arm.items():
-        for run in of_arm:
-            records.append(frontier.record(run.out, arm=arm, command=flags_of(cfg)))
-    if cfg.alone:
-        records.append(frontier.record(alone.out, arm="alone", command=flags_of(cfg)))
-    for record in records:
-        frontier.save(record, folder)
-    frontier.draw(records, cfg.table)
-    print(cfg.table.read_text())
+    # 3. a process that left no result failed, and its log says how
+    failed = unfinished(cfg, every, alone)
+    for name in failed:
+        print(f"{name} failed: {last_line(log_of(cfg, name))} ({log_of(cfg, name)})")
+    if failed:
+        raise ValueError(f"did not finish: {' '.join(failed)}; fix: what their logs say; "
+                         "the same command goes on")
+
+    # 4. the records
+    folder, command = cfg.records / cfg.out.name, shlex.join(sys.argv[1:])
+    for arm, of_arm in {"alone": [alone] * bool(cfg.alone), **by_arm}.items():
+        for run in of_arm if not cfg.only else ():
+            save(record(run.out, arm=arm, command=command), folder)
+    if not cfg.only:
+        print(f"{folder}; tables and figure: python -m studies.frontier {folder}")
+
+
+def unfinished(cfg: Config, every: dict[str, heal_loop.Config], alone: heal_loop.Config) -> list:
+    """The names of runs that have no end yet, `alone` where a dose is left; those of --only."""
+    names = ["alone"] * bool(doses_left(alone, cfg.alone))
+    names += [name for name, run in every.items() if not is_finished(run)]
+    return [name for name in names if cfg.only in (None, name)]
 
 
 if __name__ == "__main__":
