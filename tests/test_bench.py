@@ -127,18 +127,6 @@ def test_one_forward_per_clause_gives_the_cloze_scores(embedded):
 # ---- clocks, counts and floors ------------------------------------------------------------------
 
 
-def test_steps_alternate_and_the_median_is_reported(monkeypatch):
-    calls, now = [], [0.0]
-    costs = {"a": iter([9.0, 1.0, 2.0]), "b": iter([4.0, 100.0, 5.0])}
-
-    def step(name):
-        calls.append(name)
-        now[0] += next(costs[name])
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
-    assert bench.medians("test", lambda: step("a"), lambda: step("b")) == [2.0, 5.0]
-    assert calls == ["a", "b"] * 3
-
-
 def test_operations_count_what_no_other_operation_called():
     x = torch.ones(3, requires_grad=True)
     assert bench.operations(lambda: x.detach() + 1)[0] == 2
@@ -153,18 +141,6 @@ def test_bytes_read_are_weights_each_step_and_half_grown_keys(tied):
     per_position = 5 * 2 * 2 * 8  # layers, keys and values, heads, width of a head
     wanted = 10 * 4 * (weights + per_position * ((6 + 5) + (8 + 5)))
     assert bench.bytes_read(model, [[3] * 6, [4] * 8], tokens=10) == wanted
-
-
-def test_a_twin_shares_weights_but_no_adapters(ids):
-    model = tiny("llama")
-    before, other = model(input_ids=ids).logits, bench.twin(model)
-    lora.attach(other, rank=4)
-    for m in lora.adapters(other).values():
-        torch.nn.init.normal_(m.B)
-    mine, theirs = (m.get_decoder().layers[2].mlp.up_proj for m in (model, other))
-    assert theirs.base.weight is mine.weight
-    assert torch.equal(model(input_ids=ids).logits, before)
-    assert not torch.allclose(other(input_ids=ids).logits, before)
 
 
 @pytest.mark.slow
