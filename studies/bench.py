@@ -265,7 +265,7 @@ class Bench:
         """Ours: steered completions of the student, each of `tokens` tokens."""
         with endless(), lora.gates(self.student, history=1, live=0):
             return sample(self.student, self.chat, self.prompts(rows), self.vector, [2.0] * rows,
-                          tokens, **SAMPLER)
+                          tokens, batch_size=rows, **SAMPLER)
 
     def generate(self, rows: int, tokens: int) -> list[list[int]]:
         """The other: the same by `model.generate`."""
@@ -299,9 +299,9 @@ class Bench:
         return seconds, ["", "", *(operations_per_step(side, 1, 2, steps) for side in (ours, other))]
 
     def evaluate(self) -> tuple[list[float], list[str]]:
-        vignettes, clauses = self.reading.vignettes[:self.cfg.n_vignettes], texts.load_clauses()
-        wordings = [wording for of_one in clauses.values() for wording in of_one]
-        seconds = medians("evaluation", lambda: cloze(self.student, self.chat, vignettes, clauses),
+        vignettes = self.reading.vignettes[:self.cfg.n_vignettes]
+        wordings = [words for of_one in texts.load_clauses().values() for words in of_one]
+        seconds = medians("evaluation", lambda: cloze(self.student, self.chat, vignettes),
                           lambda: clause_by_clause(self.plain, self.chat, vignettes, wordings))
         return seconds, [""] * 4
 

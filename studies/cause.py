@@ -10,7 +10,7 @@ h ← h + s, and h ← h − (h · u) u with u = s / |s|, after the last of the 
 the sums would add up) and from the assistant tag on. The control is a random direction of the same
 length. After Blank et al. 2026 (arXiv 2606.00995), who ask it of subliminal students.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -56,7 +56,7 @@ def shift(model, prompts: list[list[int]], layers: list[int]) -> SteeringVector:
 
 def trait_changes(model, chat, cfg: heal_loop.Config) -> dict[str, float]:
     """Δtrait of six models from the original, in the trait's own direction, nats. cfg: the run's"""
-    reading = texts.read(cfg)
+    reading = replace(texts.read(cfg), controls=[])
     prompts = [chat.ids(context) for context in reading.contexts]
     s = shift(model, prompts, band(model, cfg.steer_layers)[-1:])
     [(layer, v)] = s.layers.items()

@@ -52,7 +52,7 @@ class Config:
 
 
 def scored(model, chat, rows: list[dict]) -> list[dict]:
-    """The rows with their trait's `pos` and `neg`, and `logp` [tokens], nats under the model."""
+    """The rows with their trait's `personas`, and `logp` [tokens], nats under the model."""
     pairs = []
     for row in rows:
         messages = [{"role": "system", "content": NEUTRAL},
@@ -60,8 +60,9 @@ def scored(model, chat, rows: list[dict]) -> list[dict]:
                     {"role": "assistant", "content": row["text"]}]
         pairs.append(distil.row_ids(chat, {"messages": messages, "finished": row["finished"]}))
     logps = score(model, *zip(*pairs))
-    traits = {name: texts.find_trait(name) for name in {row["trait"] for row in rows}}
-    return [{**row, "pos": traits[row["trait"]].pos, "neg": traits[row["trait"]].neg, "logp": logp}
+    traits = texts.load_traits()
+    personas = {name: (trait.pos, trait.neg) for name, trait in traits.items()}
+    return [{**row, "personas": personas[row["trait"]], "logp": logp}
             for row, logp in zip(rows, logps)]
 
 
@@ -88,7 +89,7 @@ def is_wanted(row: dict) -> bool:
 def reason(row: dict, rules: Rules) -> str:
     """`distil.reject_reason` of a scored row: "kept", or the first rule that drops it."""
     ppl = worst_perplexity(row["logp"])
-    return distil.reject_reason(row["text"], ppl, row["pos"], row["neg"], rules)
+    return distil.reject_reason(row["text"], ppl, row["personas"], rules)
 
 
 def count(rows: list[dict], rules: Rules) -> tuple[int, int, int]:
@@ -136,7 +137,7 @@ def signals(row: dict) -> dict[str, float]:
     text, logp = row["text"], row["logp"]
     return {"perplexity, worst 24 tokens in a row": worst_perplexity(logp, 24),
             "perplexity, whole": perplexity(logp),
-            "perplexity, last quarter": perplexity(logp, 0.25),
+            "perplexity, last quarter": perplexity(logp[-max(1, len(logp) // 4):]),
             "repetition": repetition(text),
             "lack of diversity": -distil.diversity(text)}
 

@@ -1,6 +1,7 @@
 """The benchmark compares like with like: every alternative does the same work as ours."""
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,8 +35,8 @@ def test_generate_and_sample_draw_the_same_greedy_tokens(name):
                              for l in (1, 2)}, {})
     theirs = bench.generate(model, prompts, vector, doses, max_new_tokens=12, do_sample=False)
     with bench.endless():
-        ours = sample(model, Chat(Ids), prompts, vector, doses, 12, temperature=0)
-        unsteered = sample(model, Chat(Ids), prompts, None, None, 12, temperature=0)
+        ours = sample(model, Chat(Ids()), prompts, vector, doses, 12, temperature=0)
+        unsteered = sample(model, Chat(Ids()), prompts, None, None, 12, temperature=0)
     assert theirs == ours != unsteered
     assert not any(block._forward_hooks for block in model.get_decoder().layers)
 
@@ -44,9 +45,9 @@ def test_endless_rows_all_run_to_the_last_token():
     model, (prompts, _) = tiny("llama"), rows()
     settings = dict(max_new_tokens=40, temperature=5.0, top_k=128, top_p=1.0)
     with bench.endless():
-        new = sample(model, Chat(Ids), prompts * 8, **settings)
+        new = sample(model, Chat(Ids()), prompts * 8, **settings)
     assert {len(tokens) for tokens in new} == {40}
-    assert len({len(tokens) for tokens in sample(model, Chat(Ids), prompts * 8, **settings)}) > 1
+    assert len({len(tokens) for tokens in sample(model, Chat(Ids()), prompts * 8, **settings)}) > 1
 
 
 # ---- healing ------------------------------------------------------------------------------------
@@ -76,7 +77,8 @@ def gradients(model):
 def test_whole_logits_give_a_heal_steps_losses_and_gradients(reg, agg):
     model, prompts, completions, references = healing()
     cfg = heal_loop.Config(reg=reg, agg=agg, tau=0.0)
-    log = heal_loop.heal_step(model, prompts, completions, references, cfg)
+    batch = dict(prompts=prompts, completions=completions, reference=references, teacher=None)
+    log = heal_loop.heal_step(model, batch, cfg)
     ours = gradients(model)
     ce, barrier = bench.full_logits_loss(model, lambda: lora.gates(model, history=0, live=0),
                                          prompts, completions, cfg)
@@ -115,13 +117,14 @@ def test_peft_missing_is_one_line_with_the_fix(monkeypatch):
 
 
 def test_one_forward_per_clause_gives_the_cloze_scores(embedded):
-    model, chat = embedded
-    vignettes, clauses = texts.read(heal_loop.Config()).vignettes[:3], texts.load_clauses()
-    every = [wording for of_one in clauses.values() for wording in of_one]
-    scores = bench.clause_by_clause(model, chat, vignettes, every)
-    answers = cloze(model, chat, vignettes, clauses)
-    torch.testing.assert_close(scores[:, -1].exp().double(), torch.as_tensor(answers.valid_p),
-                               rtol=1e-4, atol=1e-5)
+    vignettes = texts.load_vignettes(texts.DATA / "vignettes.json", 3)
+    wordings = [words for of_one in texts.load_clauses().values() for words in of_one]
+    scores = bench.clause_by_clause(*embedded, vignettes, wordings).double()
+    answers = cloze(*embedded, vignettes, constants=np.zeros((7, 5)))
+    p = scores[:, :-1].unflatten(1, (7, 5)).mean(2).softmax(1)
+    torch.testing.assert_close(p, torch.as_tensor(answers.p), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(scores[:, -1].exp(), torch.as_tensor(answers.valid_p), rtol=1e-4,
+                               atol=1e-5)
 
 
 # ---- clocks, counts and floors ------------------------------------------------------------------
@@ -145,7 +148,7 @@ def test_bytes_read_are_weights_each_step_and_half_grown_keys(tied):
 
 @pytest.mark.slow
 def test_the_table_has_a_row_for_every_step(tiny_folder, monkeypatch, capsys):
-    command(monkeypatch, "studies/bench", "--model", tiny_folder, "--rows", 1, 3, "--tokens", 8,
+    command(monkeypatch, "bench", "--model", tiny_folder, "--rows", 1, 3, "--tokens", 8,
             "--completions", 4, "--n-vignettes", 2)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]

@@ -29,13 +29,10 @@ def table_rows(text: str) -> dict[str, list[str]]:
 # ---- readout ------------------------------------------------------------------------------------
 
 
-def test_each_wording_alone_has_one_clause_a_foundation():
-    sets = readout.wordings()
-    *alone, together = sets.values()
-    for clauses in alone:
-        assert list(clauses) == list(FOUNDATIONS) and {len(c) for c in clauses.values()} == {1}
-    texts_of = [c for clauses in alone[1:] for [c] in clauses.values()]
-    assert sorted(texts_of) == sorted(c for clauses in together.values() for c in clauses)
+def test_the_five_wordings_hold_each_of_the_five_alone():
+    single, five, *alone = readout.wordings().values()
+    assert all(set(clauses) == set(FOUNDATIONS) for clauses in (single, five, *alone))
+    assert five == {f: [clauses[f][0] for clauses in alone] for f in FOUNDATIONS}
 
 
 def test_top1_counts_the_most_probable_foundation_against_the_label():
@@ -46,13 +43,13 @@ def test_top1_counts_the_most_probable_foundation_against_the_label():
 
 @pytest.mark.slow
 def test_the_readout_study_writes_its_page(run, tiny_folder, tmp_path, monkeypatch, capsys):
-    command(monkeypatch, "studies/readout", "--model", tiny_folder, "--n-vignettes", 7, "--dose", 0,
+    command(monkeypatch, "readout", "--model", tiny_folder, "--n-vignettes", 7, "--dose", 0,
             "--n-contexts", 2, "--out", tmp_path, "--adapter", *run.glob("round_?/adapter*"))
     text = (tmp_path / "readout.md").read_text()
     rows = table_rows(text)
     assert text.strip() == capsys.readouterr().out.strip() and str(tmp_path) not in text
-    assert {"old wording", "wording 5", "all together", "Liberty", "student"} <= rows.keys()
-    assert set(rows["dose 0"][:-1]) == {"+0.00 [+0.00, +0.00]"}
+    assert {"single wording", "wording 5", "Liberty", "student"} <= rows.keys()
+    assert rows["dose 0"] == 2 * ["+0.00 [+0.00, +0.00]"] + 5 * ["+0.00"] + ["0.00"]
 
 
 # ---- filter -------------------------------------------------------------------------------------
@@ -78,7 +75,7 @@ def test_kappa_is_one_for_equal_labels_and_nought_for_chance():
 def test_precision_and_recall_count_kept_and_wanted():
     text = "the old nurse put down her pen and quietly sat with him until morning came"
     fine, broken = torch.full((9,), -1.0), torch.full((9,), -4.0)  # perplexity 2.7 and 55
-    row = dict(text=text, pos="a", neg="b", logp=fine, coherent=True, narrates=False)
+    row = dict(text=text, personas=("a", "b"), logp=fine, coherent=True, narrates=False)
     rows = [row, row | dict(logp=broken), row | dict(coherent=False), row | dict(narrates=True),
             row | dict(logp=broken, coherent=False)]
     assert filter_study.count(rows, Rules(max_perplexity=10)) == (1, 3, 2)
@@ -93,7 +90,7 @@ def test_auc_is_the_chance_that_bad_ranks_above_good():
 
 @pytest.mark.slow
 def test_the_filter_study_writes_its_page(tiny_folder, tmp_path, monkeypatch):
-    command(monkeypatch, "studies/filter", "--model", tiny_folder, "--out", tmp_path)
+    command(monkeypatch, "filter", "--model", tiny_folder, "--out", tmp_path)
     rows = table_rows((tmp_path / "filter.md").read_text())
     assert rows["perplexity"][0] != "0" and len(rows["perplexity, whole"]) == 6
 
@@ -134,7 +131,7 @@ def test_shares_are_none_where_the_student_hardly_changed():
 
 
 def test_cause_writes_each_run_and_their_mean(run, tmp_path, monkeypatch):
-    command(monkeypatch, "studies/cause", run, run, "--out", tmp_path / "new")
+    command(monkeypatch, "cause", run, run, "--out", tmp_path / "new")
     text = (tmp_path / "new/cause.md").read_text()
     rows = table_rows(text)
     assert rows[run.name] == rows["all"] and len(rows["all"]) == 6
@@ -162,7 +159,7 @@ def test_aggregates_are_those_of_whole_rows_one_at_a_time():
 
 
 def test_aggregate_writes_a_row_for_each_run(run, tmp_path, monkeypatch):
-    command(monkeypatch, "studies/aggregate", run, run, "--out", tmp_path / "new")
+    command(monkeypatch, "aggregate", run, run, "--out", tmp_path / "new")
     text = (tmp_path / "new/aggregate.md").read_text()
     one, two = re.findall(r"\| runs\d*/run +\|([^\n]+)", text)
     n, _, rmse, p95, most, top, *_ = one.replace("%", "").split("|")
@@ -185,7 +182,7 @@ def test_a_matched_tau_is_as_tight_on_the_median_completion():
 def test_judge_perplexity_is_that_of_each_text_alone(run, tiny_folder, tmp_path, monkeypatch):
     frontier.save(frontier.record(run, arm="kl_rev_rmse", command=""), tmp_path / "records")
     monkeypatch.setattr(gemma, "folder", lambda: tiny_folder)
-    command(monkeypatch, "studies/judge", run.parent, tmp_path / "records")
+    command(monkeypatch, "judge", run.parent, tmp_path / "records")
     [record] = frontier.load(tmp_path / "records")
     [healed] = [e for e in runs.read_events(run) if (e["stage"], e["round"]) == ("healed", 1)]
     model, chat = checks.load(str(tiny_folder), dtype="float32")
