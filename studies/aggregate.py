@@ -1,18 +1,15 @@
 """What mean, rmse, p95 and max see in the completions a student is healed on, and the τ that match.
 
 Per completion of round --at's data: KL(student ‖ original) at each token, the student as that round
-found it; its mean, and what each other aggregation is, in units of that mean. Where a few broken
+began with it; its mean, and each other aggregation as a multiple of that mean. Where a few broken
 tokens carry the divergence, rmse and max lie far above the mean; where it is spread over all of
 them, they say what the mean says.
 
     matched τ = --tau times the median over completions of (this aggregation / --agg)
 
-    python -m studies.aggregate runs/eight/nll_s? runs/eight/kl_rev_rmse_s? --at 3  # aggregate.md
-
-Half a minute a run.
+    python -m studies.aggregate runs/eight/nll_s? runs/eight/kl_rev_rmse_s? --at 3    # half a minute a run
 """
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Literal
 
@@ -23,10 +20,9 @@ from tqdm import tqdm
 import distil
 import heal_loop
 import lora
-from common import models
-from common import runs
+from common import checks, runs
 from common.sampling import completion_states, logits
-from studies.readout import markdown, ran_on
+from studies.tables import markdown, publish, ran_on
 
 AGGS = ("mean", "rmse", "p95", "max")
 
@@ -43,8 +39,8 @@ class Config:
 
 
 @torch.no_grad()
-def of_completions(model, prompts, completions) -> dict[str, torch.Tensor]:
-    """{aggregation: D of each completion}, and "top 5%": the share of KL on the costliest tokens.
+def aggregates(model, prompts, completions) -> dict[str, torch.Tensor]:
+    """{aggregation: D [completions]}, and "top 5%": the share of KL on the costliest tokens.
 
     kl_rev of the student, history gates on, from the original; in nats.
     """
@@ -53,35 +49,15 @@ def of_completions(model, prompts, completions) -> dict[str, torch.Tensor]:
         student = completion_states(model, prompts, completions).split(lengths)
     with lora.gates(model, history=0, live=0):
         original = completion_states(model, prompts, completions).split(lengths)
-    found = {name: [] for name in (*AGGS, "top 5%")}
+    D = {name: [] for name in (*AGGS, "top 5%")}
     for h, h_ref in zip(student, original):
         logp, logq = (logits(model, states).float().log_softmax(-1) for states in (h, h_ref))
         kl = heal_loop.kl_per_token(logp, logq)  # [tokens]
         for agg in AGGS:
-            found[agg].append(heal_loop.aggregate(kl, agg))
+            D[agg].append(heal_loop.aggregate(kl, agg))
         costliest = kl.topk(-(-len(kl) // 20)).values
-        found["top 5%"].append(costliest.sum() / kl.sum())
-    return {name: torch.stack(values).cpu() for name, values in found.items()}
-
-
-def of_run(folder: Path, at: int, device: str, dtype: str) -> tuple:
-    """-> the model, and `of_completions` of the data of round `at` of a run.
-
-    Raises ValueError where the run has not got that far.
-    """
-    settings = runs.read_config(heal_loop.Config, folder)
-    if runs.rounds_done(folder) <= at:
-        raise ValueError(f"{folder} has no finished round {at}; fix: a smaller --at")
-    model, tok = models.load(settings.model, device, dtype)
-    tok.chat_date = date.fromisoformat(settings.date)
-    lora.load(model, [folder / f"round_{r}/adapter.safetensors" for r in range(at)])
-    kept = runs.read_jsonl(folder / f"round_{at}/kept.jsonl")
-    pairs = sorted(distil.row_ids(tok, row) for row in kept)
-    measured = []
-    for start in range(0, len(pairs), 8):
-        prompts, completions = zip(*pairs[start:start + 8])
-        measured.append(of_completions(model, prompts, completions))
-    return model, {key: torch.cat([batch[key] for batch in measured]) for key in measured[0]}
+        D["top 5%"].append(costliest.sum() / kl.sum())
+    return {name: torch.stack(values).cpu() for name, values in D.items()}
 
 
 def matched(D: dict[str, torch.Tensor], agg: str, tau: float) -> dict[str, float]:
@@ -89,41 +65,42 @@ def matched(D: dict[str, torch.Tensor], agg: str, tau: float) -> dict[str, float
     return {other: tau * (D[other] / D[agg]).median().item() for other in AGGS}
 
 
-def name(folder: Path) -> str:
-    """The run and its sweep, as in eight/nll_s0."""
-    return "/".join(folder.resolve().parts[-2:])
-
-
 def main(cfg: Config) -> None:
     # 1. measure
-    cfg.out.mkdir(parents=True, exist_ok=True)
+    names = ["/".join(folder.resolve().parts[-2:]) for folder in cfg.run]  # as in eight/nll_s0
     rows = []
-    for folder in tqdm(cfg.run, "runs", leave=False, disable=None):
-        model, D = of_run(folder, cfg.at, cfg.device, cfg.dtype)
+    for name, folder in zip(names, tqdm(cfg.run, "runs", leave=False, disable=None)):
+        settings = runs.read_config(heal_loop.Config, folder)
+        if runs.rounds_done(folder) <= cfg.at:
+            raise ValueError(f"{folder} has no finished round {cfg.at}; fix: a smaller --at")
+        model, chat = checks.load(settings.model, cfg.device, cfg.dtype, settings.date)
+        lora.load(model, [folder / f"round_{r}/adapter.safetensors" for r in range(cfg.at)])
+        pairs = sorted(distil.row_ids(chat, row)
+                       for row in runs.read_jsonl(folder / f"round_{cfg.at}/kept.jsonl"))
+        batches = [aggregates(model, *zip(*pairs[k:k + 8])) for k in range(0, len(pairs), 8)]
+        D = {agg: torch.cat([batch[agg] for batch in batches]) for agg in batches[0]}
         over_mean = [(D[agg] / D["mean"]).median() for agg in AGGS[1:]]
-        taus = matched(D, cfg.agg, cfg.tau)
-        rows.append([name(folder), len(D["mean"]), f"{D['mean'].mean():.2f}",
+        rows.append([name, len(pairs), f"{D['mean'].mean():.2f}",
                      *(f"{ratio:.2f}" for ratio in over_mean), f"{D['top 5%'].median():.0%}",
-                     *(f"{taus[agg]:.2f}" for agg in AGGS)])
+                     *(f"{tau:.2f}" for tau in matched(D, cfg.agg, cfg.tau).values())])
 
     # 2. write
-    folders = " ".join(f"runs/{name(folder)}" for folder in cfg.run)
     text = f"""# What each aggregation sees
 
-`python -m studies.aggregate {folders} --at {cfg.at} --agg {cfg.agg} --tau {cfg.tau:g}`
+`python -m studies.aggregate {" ".join(f"runs/{name}" for name in names)} --at {cfg.at} \
+--agg {cfg.agg} --tau {cfg.tau:g}`
 ({ran_on(model)})
 
 Per-token KL(student ‖ original) on the completions that round {cfg.at} heals on, the student as
-that round finds it. The mean in nats, over tokens and completions. rmse, p95 and max as multiples
-of the mean of the same completion, and the share of its KL on its costliest 5 % of tokens: medians
-over completions. The last four columns: the τ of each aggregation that is as tight as {cfg.tau:g}
-of {cfg.agg} on the median completion.
+that round began with it. The mean in nats, over tokens and completions. rmse, p95 and max as
+multiples of the mean of the same completion, and the share of its KL on its costliest 5 % of
+tokens: medians over completions. The last four columns: the τ of each aggregation that is as tight
+as {cfg.tau:g} of {cfg.agg} on the median completion.
 
 {markdown(rows, ["run", "completions", "mean", "rmse / mean", "p95 / mean", "max / mean", "top 5%",
                  *(f"τ, {agg}" for agg in AGGS)])}
 """
-    runs.write_text(cfg.out / "aggregate.md", text)
-    print(text)
+    publish(text, cfg.out / "aggregate.md")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Is the student its own shift? Add the shift to the original, take it out of the student.
+"""Does the student's shift carry the trait? Add it to the original, take it out of the student.
 
     s_l        = mean over contexts of h_l(student) − h_l(original), neutral prompt, assistant tag
-    sufficient = moved by the original + s                        / moved by the student
-    necessary  = 1 − moved by the student with s projected out    / moved by the student
+    sufficient = Δtrait of the original + s                       / Δtrait of the student
+    necessary  = 1 − Δtrait of the student with s projected out   / Δtrait of the student
 
     python -m studies.cause runs/eight/kl_rev_rmse_s?      # results/cause.md; a minute a run
 
@@ -10,8 +10,7 @@ h ← h + s, and h ← h − (h · u) u with u = s / |s|, after the last of the 
 the sums would add up) and from the assistant tag on. The control is a random direction of the same
 length. After Blank et al. 2026 (arXiv 2606.00995), who ask it of subliminal students.
 """
-from dataclasses import dataclass
-from datetime import date
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,13 +20,11 @@ from tqdm import tqdm
 
 import heal_loop
 import lora
-from common import models
-from common import runs
-from common import texts
-from evaluate import MIN_SHIFT, evaluate, shift
+from common import checks, runs, texts
+from evaluate import MIN_SHIFT, evaluate
+from steer import SteeringVector, band, mean_residual
 from studies.frontier import over_seeds
-from steer import SteeringVector, band
-from studies.readout import markdown, ran_on
+from studies.tables import markdown, publish, ran_on
 
 
 @dataclass
@@ -48,80 +45,85 @@ class Projection(SteeringVector):
         return -doses * along[..., None] * u
 
 
-def of_run(model, tok, settings: heal_loop.Config) -> dict[str, float]:
-    """How far each of six models moved the trait from the original, nats."""
-    reading = texts.read(settings)
-    s = shift(model, tok, reading.contexts, band(model, settings.steer_layers)[-1:])
+def shift(model, prompts: list[list[int]], layers: list[int]) -> SteeringVector:
+    """Student − original at the assistant tag, mean over prompts."""
+    with lora.gates(model, history=1, live=0):
+        student = mean_residual(model, prompts, layers)
+    with lora.gates(model, history=0, live=0):
+        original = mean_residual(model, prompts, layers)
+    return SteeringVector({l: student[l] - original[l] for l in layers})
+
+
+def trait_changes(model, chat, cfg: heal_loop.Config) -> dict[str, float]:
+    """Δtrait of six models from the original, in the trait's own direction, nats. cfg: the run's"""
+    reading = replace(texts.read(cfg), controls=[])
+    prompts = [chat.ids(context) for context in reading.contexts]
+    s = shift(model, prompts, band(model, cfg.steer_layers)[-1:])
     [(layer, v)] = s.layers.items()
-    noise = torch.randn(len(v), generator=torch.Generator().manual_seed(settings.seed))
+    noise = torch.randn(len(v), generator=torch.Generator().manual_seed(cfg.seed))
     noise = SteeringVector({layer: noise * v.norm() / noise.norm()})
 
-    # the gates (0: original, 1: student), and what is done to the stream
+    # the history's gate (0: original, 1: student), and what is done to the residual stream
     cases = {"student": (1, None), "original + s": (0, s), "original + random": (0, noise),
              "student without s": (1, Projection(s.layers)),
              "student without random": (1, Projection(noise.layers)),
              "original without s": (0, Projection(s.layers))}
     sign = -1 if reading.direction == "down" else 1
-    how = {"think_tokens": settings.think_tokens} if settings.readout == "tinymfv" else {}
+    kwargs = {"think_tokens": cfg.think_tokens} if cfg.readout == "tinymfv" else {}
     with lora.gates(model, history=0, live=0):
-        base = evaluate(model, tok, reading, settings.readout, **how)
-    moved = {}
+        base = evaluate(model, chat, reading, cfg.readout, **kwargs)
+    changes = {}
     for name, (gate, vector) in cases.items():
-        with lora.merged(model), lora.gates(model, history=gate, live=0):
-            profile = evaluate(model, tok, reading, settings.readout, base.constants,
-                               vector=vector, dose=1.0, **how)
-        moved[name] = sign * (profile.trait - base.trait)
-    return moved
+        with lora.gates(model, history=gate, live=0):
+            after = evaluate(model, chat, reading, cfg.readout, base.constants, vector=vector,
+                             dose=1.0, **kwargs)
+        changes[name] = sign * (after.trait - base.trait)
+    return changes
 
 
-def shares(moved: dict[str, float]) -> dict[str, float | None]:
-    """What the module's head defines, of one run; None where the student hardly moved."""
-    if abs(moved["student"]) < MIN_SHIFT:
-        return dict.fromkeys(("sufficient", "sufficient, random direction",
-                              "necessary", "necessary, random direction"))
-    part = {name: value / moved["student"] for name, value in moved.items()}
-    return {"sufficient": part["original + s"],
-            "sufficient, random direction": part["original + random"],
-            "necessary": 1 - part["student without s"],
-            "necessary, random direction": 1 - part["student without random"]}
+def shares(changes: dict[str, float]) -> dict[str, float | None]:
+    """What this file's head defines, of one run; None where the student's trait hardly changed."""
+    student = changes["student"]
+    kept = {"sufficient": changes["original + s"],
+            "sufficient, random direction": changes["original + random"],
+            "necessary": student - changes["student without s"],
+            "necessary, random direction": student - changes["student without random"]}
+    changed = abs(student) >= MIN_SHIFT
+    return {name: value / student if changed else None for name, value in kept.items()}
 
 
 def main(cfg: Config) -> None:
     # 1. measure
-    cfg.out.mkdir(parents=True, exist_ok=True)
     first = runs.read_config(heal_loop.Config, cfg.run[0])
-    for folder in cfg.run:  # a mean over different arms would be one of nothing
+    for folder in cfg.run:  # a mean over different arms would mean nothing
         runs.refuse_other_settings(first, folder, free=("seed",), fix="runs of one arm")
-    found = []
+    by_run = []
     for folder in tqdm(cfg.run, "runs", leave=False, disable=None):
         settings = runs.read_config(heal_loop.Config, folder)
-        model, tok = models.load(settings.model, cfg.device, cfg.dtype)
-        tok.chat_date = date.fromisoformat(settings.date)
         rounds = runs.rounds_done(folder)
         if not rounds:
             raise ValueError(f"{folder} has no finished round; fix: give a run that has one")
+        model, chat = checks.load(settings.model, cfg.device, cfg.dtype, settings.date)
         lora.load(model, [folder / f"round_{r}/adapter.safetensors" for r in range(rounds)])
-        found.append(of_run(model, tok, settings))
+        by_run.append(trait_changes(model, chat, settings))
 
-    # 2. write: each run, the mean over runs, and the two shares
-    rows = [[folder.name, *(f"{x:.2f}" for x in moved.values())]
-            for folder, moved in zip(cfg.run, found)]
-    rows.append(["all", *(over_seeds([moved[name] for moved in found], 2) for name in found[0])])
-    parts = [shares(moved) for moved in found]
-    said = "\n".join(f"- {name}: {over_seeds([part[name] for part in parts], 2)}"
-                     for name in parts[0])
+    # 2. write: each run, the mean over runs, and the shares
+    rows = [[folder.name, *(f"{x:.2f}" for x in changes.values())]
+            for folder, changes in zip(cfg.run, by_run)]
+    rows.append(["all", *(over_seeds([c[name] for c in by_run], 2) for name in by_run[0])])
+    over_runs = [[name, over_seeds([shares(changes)[name] for changes in by_run], 2)]
+                 for name in shares(by_run[0])]
     text = f"""# The student's shift: added to the original, taken out of the student
 
 `python -m studies.cause {" ".join(folder.name for folder in cfg.run)}` · {ran_on(model)} ·
-{settings.n_vignettes or "all"} vignettes · moved: Δ of the trait in its own direction, nats; in
-brackets, from three runs on, the 95 % t-interval over runs
+{first.n_vignettes or "all"} vignettes · Δtrait in its own direction, nats; in brackets, from three
+runs on, the 95 % t-interval over runs
 
-{markdown(rows, ["run", *found[0]])}
+{markdown(rows, ["run", *by_run[0]])}
 
-{said}
+{markdown(over_runs, ["share of the student's Δtrait", "all"])}
 """
-    runs.write_text(cfg.out / "cause.md", text)
-    print(text)
+    publish(text, cfg.out / "cause.md")
 
 
 if __name__ == "__main__":

