@@ -121,8 +121,8 @@ for dose, answer in zip(doses, answers):
 def distil_round(vector, seed):
     """Steered completions of the model as it stands, with reasons; -> (kept, all rows)."""
     with tempfile.TemporaryDirectory() as folder:
-        return distil.collect(model, chat, vector, reading.train, (reading.pos, reading.neg), RULES,
-                              doses=[1.0, 3.0], n_keep=N_KEEP, seed=seed, folder=Path(folder),
+        return distil.collect(model, chat, reading.train, (reading.pos, reading.neg), RULES,
+                              [1.0, 3.0], N_KEEP, seed, Path(folder), vector=vector,
                               max_new_tokens=N_TOKENS)
 
 
