@@ -48,9 +48,6 @@ def test_every_reject_reason_is_explained():
     assert unexplained(reasons) == []
 
 
-# ---- commands -----------------------------------------------------------------------------------
-
-
 def flags_of(script):
     """The fields of a script's Config, read without running it, and heal_loop's if it has those."""
     flags = flags_of("heal_loop.py") if script in ("distil.py", "tools/sweep.py") else set()
@@ -80,9 +77,6 @@ def test_every_command_and_flag_of_a_page_exists(page):
         for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", line):
             field = flag.replace("-", "_")
             assert {field, field.removeprefix("no_")} & (known | {"help"}), line
-
-
-# ---- defaults -----------------------------------------------------------------------------------
 
 
 def test_defaults_in_differences_are_the_defaults():

@@ -31,9 +31,8 @@ def walked(tiny_folder, tmp_path_factory):
     """The names that the cells leave behind, run on a tiny model, with small numbers."""
     root = tmp_path_factory.mktemp("walk")
     (root / "docs").mkdir()
-    code = CODE
-    for name, value in {"MODEL": repr(str(tiny_folder)), "ROOT": f"Path({str(root)!r})",
-                        **SMALL}.items():
+    code, changes = CODE, {"MODEL": f'"{tiny_folder}"', "ROOT": f'Path("{root}")', **SMALL}
+    for name, value in changes.items():
         code, n = re.subn(rf"^{name} = .*", f"{name} = {value}", code, flags=re.M)
         assert n == 1, name
     matplotlib.use("agg")
@@ -55,7 +54,7 @@ def test_solutions_run_and_are_right(walked, exercise):
 
 
 def test_every_exercise_has_a_solution():
-    assert len(re.findall(r"^### \d", MARKDOWN, re.M)) == len(SOLUTIONS) == 4
+    assert len(re.findall(r"^### \d", MARKDOWN, re.M)) == len(SOLUTIONS) > 3
 
 
 def test_notebook_is_made_from_the_script_and_has_run():
