@@ -37,9 +37,10 @@ def test_every_metric_of_a_run_is_explained(run):
 
 def test_metrics_that_not_every_run_has_are_explained():
     only_some = {*evaluate.NATS, "probe_nats", "control_nats", "judge_perplexity", *readouts.NOTES}
-    recorded = re.findall(r'record\("(\w+)"', text("heal_loop.py") + text("common/runs.py"))
-    assert {"prompted", "matched", "ended", "forked"} <= set(recorded)
-    assert unexplained(only_some | set(recorded)) == []
+    code = text("heal_loop.py") + text("common/runs.py")
+    recorded = set(re.findall(r'(?:record\(|"stage": )"(\w+)"', code))
+    assert {"prompted", "matched", "ended", "forked"} <= recorded
+    assert unexplained(only_some | recorded) == []
 
 
 def test_every_reject_reason_is_explained():
