@@ -1,119 +1,113 @@
-"""The docs say what the code does: every logged number, every flag, every default, every link."""
+"""The docs say what the code does: every logged metric, flag, command, default and link."""
 import ast
 import re
-from dataclasses import fields
-from types import SimpleNamespace
 
 import pytest
 
 import evaluate
 import heal_loop
-from common import readouts
-from common import runs
-from common import texts
+from common import readouts, runs, texts
 from conftest import ROOT
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-OTHERS = ("pip ", "vllm ", "curl ", "llama-", "git ", "python convert_")  # programs that are not ours
-METRICS = (ROOT / "docs/metrics.md").read_text()
+OTHERS = ("pip ", "vllm ", "curl ", "llama-", "git ", "python convert_")  # programs not ours
 
 
-def explained(name):
-    return re.search(rf"`{name}`", METRICS)
+def text(path):
+    return (ROOT / path).read_text(encoding="utf-8")
 
 
-# ---- numbers ------------------------------------------------------------------------------------
+# ---- metrics ------------------------------------------------------------------------------------
 
 
-def test_every_number_of_a_run_is_explained(run):
+def unexplained(names):
+    """Those of the names that docs/metrics.md does not give in backticks."""
+    return [name for name in sorted(names) if f"`{name}`" not in text("docs/metrics.md")]
+
+
+def test_every_metric_of_a_run_is_explained(run):
     events = runs.read_events(run)
     keys = {key for event in events for key in event}
-    heal, healed = (next(e for e in events if e["stage"] == s) for s in ("heal", "healed"))
-    keys |= {key for step in heal["log"] for key in step} | healed["profile"].keys()
-    base = SimpleNamespace(trait=0.0, axis="auth_nats")
-    keys |= evaluate.matched_steering(lambda name, vector, dose: {"auth_nats": -dose}, None, base,
-                                      wanted=-1.0, dose=2.0, reached=-2.0).keys()
-    assert not [key for key in sorted(keys) if not explained(key)]
+    for event in events:
+        keys |= event.get("profile", {}).keys()
+        keys |= {key for step in event.get("log", []) for key in step}
+    assert {"base", "distil", "healed"} <= {event["stage"] for event in events}
+    assert unexplained(keys | {event["stage"] for event in events}) == []
 
 
-def test_every_number_that_other_readouts_add_is_explained():
-    keys = [*evaluate.NATS, "probe_nats", "control_nats", *readouts.NOTES]
-    assert not [key for key in keys if not explained(key)]
+def test_metrics_that_not_every_run_has_are_explained():
+    only_some = {*evaluate.NATS, "probe_nats", "control_nats", "judge_perplexity", *readouts.NOTES}
+    code = text("heal_loop.py") + text("common/runs.py")
+    recorded = set(re.findall(r'(?:record\(|"stage": )"(\w+)"', code))
+    assert {"prompted", "matched", "ended", "forked"} <= recorded
+    assert unexplained(only_some | recorded) == []
 
 
-def test_every_stage_and_every_verdict_is_explained():
-    source = "".join((ROOT / f"{name}.py").read_text() for name in ("heal_loop", "runs"))
-    stages = set(re.findall(r'record\("(\w+)"|"stage": "(\w+)"', source))
-    verdicts = re.findall(r'^    (?:    )?return "(\w+)"$', (ROOT / "distil.py").read_text(), re.M)
-    names = {name for pair in stages for name in pair if name} | set(verdicts)
-    assert {"base", "ended", "forked", "short", "kept"} <= names
-    assert not [name for name in sorted(names) if not explained(name)]
-
-
-# ---- flags --------------------------------------------------------------------------------------
+def test_every_reject_reason_is_explained():
+    reasons = re.findall(r'return "(\w+)"', text("common/filter.py"))
+    assert {"short", "loop", "kept"} <= set(reasons)
+    assert unexplained(reasons) == []
 
 
 def flags_of(script):
-    """The flags of a script's Config, read without running it; a sweep's runs add heal_loop's."""
-    found = set()
-    for node in ast.walk(ast.parse((ROOT / script).read_text())):
+    """The fields of a script's Config, read without running it, and heal_loop's if it has those."""
+    flags = flags_of("heal_loop.py") if script in ("distil.py", "tools/sweep.py") else set()
+    for node in ast.walk(ast.parse(text(script))):
         if isinstance(node, ast.ClassDef) and node.name == "Config":
-            found |= {line.target.id for line in node.body if isinstance(line, ast.AnnAssign)}
-    if script == "sweep.py":
-        found |= flags_of("heal_loop.py")
-    return found
+            flags |= {line.target.id for line in node.body if isinstance(line, ast.AnnAssign)}
+    return flags
 
 
 def commands(page):
-    """(script or None, flag as a field's name) of every flag in the code of a page."""
-    code = re.sub(r"\\\n\s*", "", page.read_text())  # one command, one line
-    for line in re.findall(r"^(?: {4}|\t)(.+)$", code, re.M) + re.findall(r"`([^`\n]+)`", code):
-        if line.startswith(OTHERS):
-            continue
+    """Every command and every other piece of code of a page, on one line each."""
+    code = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
+    lines = re.findall(r"^(?: {4}|\t)(.+)$", code, re.M) + re.findall(r"`([^`\n]+)`", code)
+    return [line for line in lines if not line.startswith(OTHERS)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_command_and_flag_of_a_page_exists(page):
+    files = [path.relative_to(ROOT) for pattern in ("*.py", "tools/*.py", "studies/*.py")
+             for path in ROOT.glob(pattern)]
+    anywhere = set().union(*map(flags_of, map(str, files)))
+    for line in commands(page):
         script = re.search(r"python (?:-m )?([\w/.]+)", line)
-        name = script and re.sub(r"\.py$", "", script[1]).replace(".", "/") + ".py"
+        known = anywhere
+        if script:
+            known = flags_of(script[1].removesuffix(".py").replace(".", "/") + ".py")
         for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", line):
-            yield name, flag.replace("-", "_")
+            field = flag.replace("-", "_")
+            assert {field, field.removeprefix("no_")} & (known | {"help"}), line
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-def test_every_flag_that_a_page_names_exists(page):
-    scripts = [*ROOT.glob("*.py"), *ROOT.glob("studies/*.py")]
-    anywhere = set().union(*(flags_of(path.relative_to(ROOT)) for path in scripts))
-    for script, flag in commands(page):
-        known = (flags_of(script) if script else anywhere) | {"help"}
-        assert flag in known or flag.removeprefix("no_") in known, f"{script or page.name} --{flag}"
-
-
-def test_what_differences_gives_as_ours_is_the_default():
-    defaults = texts.complete(heal_loop.Config())
-    rows = [line.split(" | ") for line in (ROOT / "docs/differences.md").read_text().splitlines()]
-    given = {flag: value for row in rows if len(row) >= 4
+def test_defaults_in_differences_are_the_defaults():
+    defaults = vars(texts.complete(heal_loop.Config()))
+    rows = [line.split(" | ") for line in text("docs/differences.md").splitlines()]
+    given = {flag.replace("-", "_"): value for row in rows if len(row) == 4
              for flag, value in re.findall(r"`--([a-z-]+) ([^`]+)`", row[2])}
-    given.pop("reg"), given.pop("readout"), given.pop("trait")  # named to be told apart
+    for flag in ("reg", "readout", "trait", "targets"):  # named to tell arms apart
+        given.pop(flag)
     assert len(given) > 15
-    known = {field.name for field in fields(heal_loop.Config)}
-    for flag, value in given.items():
-        assert flag.replace("-", "_") in known
-        default = getattr(defaults, flag.replace("-", "_"))
-        assert type(default)(value) == default, flag
+    assert {flag: type(defaults[flag])(value) for flag, value in given.items()} == \
+        {flag: defaults[flag] for flag in given}
 
 
-def test_doses_in_the_docs_are_those_of_the_traits():
-    row = re.search(r"^\| doses .*$", (ROOT / "docs/differences.md").read_text(), re.M)[0]
-    said = re.search(r"`care` and `authority` (\S+) and (\S+), `love` (\S+) and (\S+);", row)
-    traits = texts.load_traits()
-    doses = [*traits["care"].doses, *traits["love"].doses]
-    assert list(map(float, said.groups())) == doses
-    assert traits["authority"].doses == traits["care"].doses
+def test_doses_in_differences_are_the_traits_own():
+    row = re.search(r"^\| doses \|.*$", text("docs/differences.md"), re.M)[0]
+    traits = {name: texts.find_trait(name).doses for name in ("care", "authority", "love")}
+    found = re.search(r"`authority` (\S+) and (\S+), `love` (\S+) and (\S+);", row)
+    doses = tuple(map(float, found.groups()))
+    assert traits["care"] == traits["authority"] == doses[:2] and traits["love"] == doses[2:]
 
 
-# ---- links --------------------------------------------------------------------------------------
+# ---- words and links ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_readme_has_at_most_1200_words():
+    assert len(text("README.md").split()) <= 1200
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_of_a_page_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
-    for link in links:
-        if not re.match(r"https?://", link):
-            assert (page.parent / link).exists(), f"{page.name} -> {link}"
+    for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert re.match(r"https?://", link) or (page.parent / link).exists(), link
