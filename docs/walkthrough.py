@@ -45,7 +45,7 @@ N_CONTEXTS = 48  # user messages that the vector is averaged over
 N_KEEP = 20  # completions to train on, per round
 N_TOKENS = 48  # longest completion
 N_VIGNETTES = 28  # moral violations that the model is asked about
-RULES = distil.Rules()  # the filter's thresholds
+RULES = Rules()  # the filter's thresholds
 
 model, chat = checks.load(MODEL)
 reading = texts.read(heal_loop.Config(n_contexts=N_CONTEXTS, n_vignettes=N_VIGNETTES))

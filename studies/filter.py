@@ -87,9 +87,9 @@ def is_wanted(row: dict) -> bool:
 
 
 def reason(row: dict, rules: Rules) -> str:
-    """`distil.reject_reason` of a scored row: "kept", or the first rule that drops it."""
+    """`common.filter.reject_reason` of a scored row: "kept", or the first rule that drops it."""
     ppl = worst_perplexity(row["logp"])
-    return distil.reject_reason(row["text"], ppl, row["personas"], rules)
+    return reject_reason(row["text"], ppl, row["personas"], rules)
 
 
 def count(rows: list[dict], rules: Rules) -> tuple[int, int, int]:
@@ -139,7 +139,7 @@ def signals(row: dict) -> dict[str, float]:
             "perplexity, whole": perplexity(logp),
             "perplexity, last quarter": perplexity(logp[-max(1, len(logp) // 4):]),
             "repetition": repetition(text),
-            "lack of diversity": -distil.diversity(text)}
+            "lack of diversity": -diversity(text)}
 
 
 def auc(signal: list[float], good: list[bool]) -> float:

@@ -61,7 +61,7 @@ def measured(events: list[dict]) -> list[Point]:
             names = {"base": "base", "prompted": "persona prompt",
                      "matched": f"steering alone, dose {e.get('dose', 0):.2f}"}
             name = names.get(e["stage"], f"{e['stage']} r{e['round']}")
-            points.append(Point(name, e["stage"], e["round"], e, Profile.from_dict(e["profile"])))
+            points.append(Point(name, e["stage"], e["round"], e, Profile(**e["profile"])))
     return points
 
 

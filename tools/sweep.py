@@ -207,7 +207,7 @@ def steer_alone(run: heal_loop.Config, doses: tuple[float, ...], loaded=None) ->
             measure = functools.partial(evaluate.measure, model, chat, reading,
                                         readout=run.readout, think_tokens=run.think_tokens)
             base = folder.find("base", -1) or folder.record("base", -1, **measure("base"))
-            constants = evaluate.Profile.from_dict(base["profile"]).constants
+            constants = base["profile"]["constants"]
             measure = functools.partial(measure, constants=constants)
             if not folder.find("prompted", -1):
                 folder.record("prompted", -1, **measure("prompted", system=reading.pos))
