@@ -36,6 +36,7 @@ import lora
 from common import checks, models, texts
 from common.prompts import persona_prompts
 from common.readouts import probe
+from common.filter import Rules
 from common.sampling import completion_states, logits, sample
 from steer import band, extract_vector
 from tools.plot import GREEN, GREY, RED

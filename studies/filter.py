@@ -21,6 +21,7 @@ import scipy.stats
 
 import distil
 from common import checks, models, runs, texts
+from common.filter import diversity, reject_reason
 from common.prompts import NEUTRAL
 from common.sampling import perplexity, repetition, score, worst_perplexity
 from distil import Rules
