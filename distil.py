@@ -153,8 +153,8 @@ def teacher_of(cfg, reading: texts.Texts, vector: SteeringVector) -> dict:
     return {"vector": vector, "system": NEUTRAL}
 
 
-def make_data(cfg, model, chat, reading: texts.Texts, r: int, folder: Path) -> tuple:
-    """Round r of the student as it stands: -> its vector, the kept rows, a summary of the data.
+def make_data(cfg, model, chat, reading: texts.Texts, r: int, folder: Path) -> dict:
+    """Round r's vector and data, of the student as it stands, into the folder; -> their summary.
 
     cfg: of heal_loop. A prompted teacher has no dose.
     """
@@ -173,7 +173,7 @@ def make_data(cfg, model, chat, reading: texts.Texts, r: int, folder: Path) -> t
         model, chat, reading.train, (reading.pos, reading.neg), rules, doses, cfg.n_keep,
         runs.stage_seed(cfg.seed, r, "sample"), folder, max_new_tokens=cfg.max_new_tokens,
         top_k=cfg.top_k, top_p=cfg.top_p, **teacher_of(cfg, reading, vector))
-    return vector, kept, summary(kept, sampled, doses)
+    return summary(kept, sampled, doses)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import distil
 import evaluate
 import lora
 from common import checks, models, prompts, runs, texts
-from common.sampling import completion_states, logits, score
+from common.sampling import completion_states, deterministic, logits, score
 from steer import SteeringVector
 
 
@@ -202,15 +202,14 @@ def heal_round(model, chat, kept: list[dict], cfg: Config, seed: int, reference:
     for epoch in range(cfg.epochs):
         generator = torch.Generator().manual_seed(seed + epoch)
         order += torch.randperm(len(batches), generator=generator).tolist()
-    with lora.gates(model, history=1, live=1):
+    with lora.gates(model, history=1, live=1), deterministic(model):
         before = -torch.cat(score(model, held_prompts, held_completions)).mean().item()  # CE, nats
         for k in tqdm(order, "heal", leave=False, disable=None):
             stats = heal_step(model, batches[k], cfg)
             stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
             if not all(map(math.isfinite, stats.values())):
-                said = chat.decode(batches[k]["completions"][0])[:60]
-                raise runs.Ended(f"loss or gradient not finite at step {len(log) + 1} of {steps}, "
-                                 f"{stats}, on '{said}'; fix: lower --lr or --dtype float32")
+                raise runs.Ended(f"loss or gradient not finite at step {len(log) + 1} of {steps}: "
+                                 f"{stats}; fix: lower --lr or --dtype float32")
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
@@ -242,15 +241,15 @@ def loop(cfg: Config, run: runs.Run, model, chat, reading: texts.Texts) -> None:
             break
         # the folder is renamed to round_r, for good, once the block ends well
         with run.new_round(r) as folder, lora.gates(model, history=1, live=0):
-            if run.find("steered", r):  # --fork brought this round's vector and data
-                vector = SteeringVector.load(folder / "vector.safetensors")
-                kept = runs.read_jsonl(folder / "kept.jsonl")
-                teacher = distil.teacher_of(cfg, reading, vector)
-            else:
-                # 1. steer, 2. distil
-                vector, kept, summary = distil.make_data(cfg, model, chat, reading, r, folder)
-                dose = run.record("distil", r, **summary)["dose"]
-                teacher = distil.teacher_of(cfg, reading, vector)
+            # 1. steer, 2. distil; a fork brought this round's vector and data
+            is_new = not run.find("steered", r)
+            if is_new:
+                run.record("distil", r, **distil.make_data(cfg, model, chat, reading, r, folder))
+            vector = SteeringVector.load(folder / "vector.safetensors")
+            kept = runs.read_jsonl(folder / "kept.jsonl")
+            teacher = distil.teacher_of(cfg, reading, vector)
+            if is_new:
+                dose = run.find("distil", r)["dose"]
                 run.record("steered", r, **measure(f"{cfg.teacher} r{r}", dose=dose, **teacher))
             # 3. heal
             reference, seed = reference_gates(cfg.ref, run, r), runs.stage_seed(cfg.seed, r, "heal")
@@ -278,8 +277,7 @@ def reference_gates(ref: str, run: runs.Run, r: int) -> list[float]:
     n = r if ref == "prev" else 0  # rounds that the reference has
     if ref == "good":  # up to the newest student at most twice as perplexing as the original
         limit = 2 * run.find("base", -1)["perplexity"]
-        good = [k + 1 for k in range(r) if run.find("healed", k)["perplexity"] <= limit]
-        n = max(good, default=0)
+        n = max([k + 1 for k in range(r) if run.find("healed", k)["perplexity"] <= limit], default=0)
     return [1.0] * n + [0.0] * (r - n)
 
 

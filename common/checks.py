@@ -25,7 +25,7 @@ import torch
 import lora
 from common import models
 from common.prompts import DATE, Chat
-from common.sampling import completion_states, forced_logp, logits
+from common.sampling import Decoder, completion_states, logits
 from steer import batches, left_pad, residual
 
 # sixteen bits round a logit near 32 by 0.1: there the checks see wrong mechanisms only
@@ -178,6 +178,29 @@ def head(model, rows) -> float:
     states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, -24:]
     logp = logits(model, states).float().log_softmax(-1)
     return off(model, logp, plain_logp(model, rows[0], 24))
+
+
+@torch.no_grad()
+def forced_logp(model, rows: list[list[int]], new: int = 6) -> tuple[list[int], torch.Tensor]:
+    """What decoding says at the last `new` tokens of three rows, given in place of drawn ones.
+
+    Halfway the first row leaves and the others change places. -> which row each line is of, in
+    the order of the steps, and the log-probabilities [lines, vocab].
+    """
+    pick = dict(temperature=0, top_k=0, top_p=1)
+    decoder = Decoder(model, [row[:-new] for row in rows], None, torch.zeros(len(rows)),
+                      torch.zeros(len(rows), new), {-1}, pick)
+    of, logp = [], []
+    for t in range(new):
+        decoder.step()
+        decoder.n += 1
+        of += decoder.rows
+        logp.append(decoder.z.float().log_softmax(-1))
+        if t == new // 2:
+            decoder.keep([2, 1])
+        forced = [rows[k][len(rows[k]) - new + t] for k in decoder.rows]
+        decoder.state["token"].copy_(torch.tensor(forced))
+    return of, torch.cat(logp)
 
 
 @torch.no_grad()

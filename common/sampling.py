@@ -125,6 +125,19 @@ def halving(step, rows: list[int]) -> None:
     halving(step, rows[len(rows) // 2:])
 
 
+@contextlib.contextmanager
+def deterministic(model):
+    """Within the context a GPU gives the same gradients each time, where it has kernels for that.
+
+    Not while decoding: its writes in place would be sorted first.
+    """
+    torch.use_deterministic_algorithms(model.device.type == "cuda", warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def special_layers(model) -> list:
     """The cache layers this model asks for, where some are more than keys and values; else [].
 
@@ -348,7 +361,8 @@ class Decoder:
     def record(self) -> None:
         """On a GPU: record `step` once as a CUDA graph; -> it is replayed from now on."""
         self.replay = self.step
-        if self.model.device.type != "cuda" or not self.fixed:
+        left = self.state["draws"].shape[1] - self.n
+        if self.model.device.type != "cuda" or not self.fixed or left < LOOK_EVERY:
             return
         lengths = [layer.cumulative_length for layer in self.cache.layers if layer.is_initialized]
         changing = [*self.state.values(), *lengths]
@@ -461,29 +475,6 @@ def stream(model, chat: Chat, prompt: list[int], vector: SteeringVector | None =
         if token in stop:
             return
         yield token
-
-
-@torch.no_grad()
-def forced_logp(model, rows: list[list[int]], new: int = 6) -> tuple[list[int], torch.Tensor]:
-    """What decoding says at the last `new` tokens of three rows, given in place of drawn ones.
-
-    Halfway the first row leaves and the others change places. -> which row each line is of, in
-    the order of the steps, and the log-probabilities [lines, vocab].
-    """
-    pick = dict(temperature=0, top_k=0, top_p=1)
-    decoder = Decoder(model, [row[:-new] for row in rows], None, torch.zeros(len(rows)),
-                      torch.zeros(len(rows), new), {-1}, pick)
-    of, logp = [], []
-    for t in range(new):
-        decoder.step()
-        decoder.n += 1
-        of += decoder.rows
-        logp.append(decoder.z.float().log_softmax(-1))
-        if t == new // 2:
-            decoder.keep([2, 1])
-        forced = [rows[k][len(rows[k]) - new + t] for k in decoder.rows]
-        decoder.state["token"].copy_(torch.tensor(forced))
-    return of, torch.cat(logp)
 
 
 # ---- what a text looks like ---------------------------------------------------------------------

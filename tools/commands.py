@@ -62,8 +62,8 @@ def write_data(cfg: RunConfig) -> None:
     out = Path(cfg.out or "distilled")
     out.mkdir(parents=True, exist_ok=True)
     (out / "kept.jsonl").unlink(missing_ok=True)  # of an earlier call
-    _, kept, summary = distil.make_data(cfg, model, chat, reading, 0, out)
-    print(f"kept {len(kept)} of {summary['sampled']} -> {out}   {summary['reject_reasons']}")
+    data = distil.make_data(cfg, model, chat, reading, 0, out)
+    print(f"kept {data['kept']} of {data['sampled']} -> {out}   {data['reject_reasons']}")
 
 
 @dataclass
