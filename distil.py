@@ -17,7 +17,7 @@ import torch
 
 import lora
 from common import prompts, runs, texts
-from common.filter import Rules, reject_reason
+from common.filter import Rules, reject_reason, too_few_because
 from common.prompts import NEUTRAL, Chat
 from common.sampling import (completion_states, repetition, sample, score,
                              worst_perplexity)
@@ -131,19 +131,6 @@ def summary(kept: list[dict], sampled: list[dict], doses: list[float]) -> dict:
             "reject_reasons": dict(sorted(reasons.items())),
             "ended": sum(row["finished"] for row in kept) / len(kept),
             "dose": sum(row["dose"] for row in kept) / len(kept)}
-
-
-def too_few_because(sampled: list[dict], n_keep: int) -> str:
-    """One line: how far it got, what dropped the others, and the flag that would help."""
-    dropped = Counter(row["reject_reason"] for row in sampled if row["reject_reason"] != "kept")
-    worst = dropped.most_common(1)[0][0]
-    flag = {"short": "--min-words", "refusal": "the prompts", "narrates": "the persona",
-            "repetition": "--max-repetition", "loop": "--min-diversity",
-            "perplexity": "--max-perplexity"}[worst]
-    return (f"too few completions kept: {len(sampled) - dropped.total()} of {n_keep} after "
-            f"{len(sampled)} samples at doses down to {min(row['dose'] for row in sampled):.2g}; "
-            f"dropped: {', '.join(f'{rule} {n}' for rule, n in dropped.most_common())}; "
-            f"fix: lower --doses, or loosen '{worst}' ({flag})")
 
 
 def teacher_of(cfg, reading: texts.Texts, vector: SteeringVector) -> dict:

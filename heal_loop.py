@@ -236,8 +236,8 @@ def loop(cfg: Config, run: runs.Run, model, chat, reading: texts.Texts) -> None:
 
     for r in range(run.rounds_done, cfg.rounds):
         if r and run.find("healed", r - 1)["coherence"] < evaluate.COHERENCE_FLOOR:
-            if not run.find("ended", r - 1):
-                run.record("ended", r - 1, why=f"coherence fell below {evaluate.COHERENCE_FLOOR}")
+            why = f"coherence fell below {evaluate.COHERENCE_FLOOR}"
+            run.find("ended", r - 1) or run.record("ended", r - 1, why=why)
             break
         # the folder is renamed to round_r, for good, once the block ends well
         with run.new_round(r) as folder, lora.gates(model, history=1, live=0):
@@ -252,7 +252,7 @@ def loop(cfg: Config, run: runs.Run, model, chat, reading: texts.Texts) -> None:
                 dose = run.find("distil", r)["dose"]
                 run.record("steered", r, **measure(f"{cfg.teacher} r{r}", dose=dose, **teacher))
             # 3. heal
-            reference, seed = reference_gates(cfg.ref, run, r), runs.stage_seed(cfg.seed, r, "heal")
+            reference, seed = run.reference(cfg.ref, r), runs.stage_seed(cfg.seed, r, "heal")
             log = heal_round(model, chat, kept, cfg, seed, reference, teacher)
             run.record("heal", r, reference=reference, **log)
             # 4. loop: the live adapter joins the frozen history
@@ -270,15 +270,6 @@ def loop(cfg: Config, run: runs.Run, model, chat, reading: texts.Texts) -> None:
                                          cfg.think_tokens, vector)
             run.record("matched", cfg.rounds, dose=dose, wanted=student.trait,
                        **measure(f"dose {dose:.2f}", vector=vector, dose=dose))
-
-
-def reference_gates(ref: str, run: runs.Run, r: int) -> list[float]:
-    """History gates of the model that round r's D is measured from, one per finished round."""
-    n = r if ref == "prev" else 0  # rounds that the reference has
-    if ref == "good":  # up to the newest student at most twice as perplexing as the original
-        limit = 2 * run.find("base", -1)["perplexity"]
-        n = max([k + 1 for k in range(r) if run.find("healed", k)["perplexity"] <= limit], default=0)
-    return [1.0] * n + [0.0] * (r - n)
 
 
 def main(cfg: Config, loaded=None) -> Path:

@@ -10,6 +10,7 @@
 A completion that tells of the trait teaches to tell of it; one that shows it teaches the trait.
 """
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 from common.sampling import repetition
@@ -75,3 +76,16 @@ def reject_reason(text: str, ppl: float, personas: tuple[str, str], rules: Rules
     if not ppl <= rules.max_perplexity:  # nan too
         return "perplexity"
     return "kept"
+
+
+def too_few_because(sampled: list[dict], n_keep: int) -> str:
+    """One line: how far it got, what dropped the others, and the flag that would help."""
+    dropped = Counter(row["reject_reason"] for row in sampled if row["reject_reason"] != "kept")
+    worst = dropped.most_common(1)[0][0]
+    flag = {"short": "--min-words", "refusal": "the prompts", "narrates": "the persona",
+            "repetition": "--max-repetition", "loop": "--min-diversity",
+            "perplexity": "--max-perplexity"}[worst]
+    return (f"too few completions kept: {len(sampled) - dropped.total()} of {n_keep} after "
+            f"{len(sampled)} samples at doses down to {min(row['dose'] for row in sampled):.2g}; "
+            f"dropped: {', '.join(f'{rule} {n}' for rule, n in dropped.most_common())}; "
+            f"fix: lower --doses, or loosen '{worst}' ({flag})")

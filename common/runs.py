@@ -115,6 +115,15 @@ class Run:
             if (event["stage"], event["round"]) == (stage, round):
                 return event
 
+    def reference(self, ref: str, r: int) -> list[float]:
+        """History gates of the model that round r's D is measured from, one a finished round."""
+        n = r if ref == "prev" else 0  # rounds that the reference has
+        if ref == "good":  # up to the newest student at most twice as perplexing as the original
+            limit = 2 * self.find("base", -1)["perplexity"]
+            fluent = [k for k in range(r) if self.find("healed", k)["perplexity"] <= limit]
+            n = max(fluent, default=-1) + 1
+        return [1.0] * n + [0.0] * (r - n)
+
     def record(self, stage: str, round: int, **numbers) -> dict:
         """Append an event, with the seconds since the one before, to the record; -> the event."""
         now = time.perf_counter()
