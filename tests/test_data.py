@@ -1,114 +1,149 @@
-"""The shipped data keeps what its readers rely on."""
+"""The shipped data keeps what its readers rely on; a user's is checked before a model loads."""
 import json
+import os
 import re
 from collections import Counter
 
 import pytest
+from conftest import ROOT, python
 
-import heal_loop
-from common import readouts
-from common import texts
+from common import checks, readouts, texts
 from common.texts import FOUNDATIONS, load_vignettes
-
-pytestmark = pytest.mark.usefixtures("all_texts")
-VIGNETTES = load_vignettes(texts.DATA / "vignettes.json")
+from heal_loop import Config
 
 
-def test_vignettes_are_enough_balanced_third_person_and_distinct():
-    assert len(VIGNETTES) >= 132
+@pytest.fixture(autouse=True)
+def few_texts(all_texts):
+    """Here the data is read as it is shipped."""
+
+
+VIGNETTES = load_vignettes(ROOT / "data/vignettes.json")
+TRAITS = texts.load_traits()
+PERSONAS = " ".join(f"{trait.pos} {trait.neg}" for trait in TRAITS.values())
+CARE = json.loads((ROOT / "data/traits/care.json").read_text(encoding="utf-8"))
+FUNCTION_WORDS = set("""a about above after against an and any are as at away be both but by do even
+    every for from has have how i if in is it its me much my no not of on one only or other own s
+    so takes that the their them they this those to us very was we what when which who will with
+    without you your""".split())
+
+
+def stems(text):
+    """The words of a text that carry meaning, cut so that disobeys is obey and loved is love."""
+    words = set(re.findall("[a-z]+", text.lower())) - FUNCTION_WORDS
+    words = [re.sub("^(dis|un|in|im)(?=...)", "", w.replace("y", "i")) for w in words]
+    return {re.sub("(ing|ed|e|li)?s?$", "", w)[:5] for w in words}
+
+
+def test_vignettes_are_balanced_third_person_and_distinct():
     counts = Counter(v["foundation"] for v in VIGNETTES)
     assert set(counts) == set(FOUNDATIONS) and min(counts.values()) >= 16
     assert len({v["text"] for v in VIGNETTES}) == len(VIGNETTES)
-    you = re.compile(r"\b(I|you|we|my|your|our)\b", re.I)
-    assert not [v for v in VIGNETTES if you.search(v["text"])]
-
-
-def test_no_vignette_holds_a_content_word_of_any_clause():
-    function_words = {"it", "is", "and", "their", "own", "someone", "away", "takes", "s"}
-
-    def words(text):
-        return set(re.findall(r"[a-z]+", text.lower()))
-    content = set().union(*map(words, readouts.CLAUSES.values())) - function_words
-    stems = {w[:6] for w in content}
-    for v in VIGNETTES:
-        assert not {w[:6] for w in words(v["text"])} & stems, v
+    assert not [v for v in VIGNETTES if re.search(r"\b(I|you|we|my|your|our)\b", v["text"], re.I)]
 
 
 def test_the_first_n_vignettes_are_balanced_for_any_n():
-    fewest = min(Counter(v["foundation"] for v in VIGNETTES).values())
-    for n in range(1, 7 * fewest + 1):
-        found = load_vignettes(texts.DATA / "vignettes.json", n)
-        counts = Counter(v["foundation"] for v in found)
-        assert len(found) == n and {counts[f] for f in FOUNDATIONS} <= {n // 7, -(-n // 7)}
-        assert found == VIGNETTES[:n]
+    for n in range(1, len(VIGNETTES) + 1):
+        assert load_vignettes(texts.DATA / "vignettes.json", n) == VIGNETTES[:n]
+        counts = Counter(v["foundation"] for v in VIGNETTES[:n])
+        assert {counts[f] for f in FOUNDATIONS} <= {n // 7, -(-n // 7)}
 
 
-def read(trait):
-    return texts.read(heal_loop.Config(trait=trait))
+def test_clauses_share_no_content_word_with_personas_or_vignettes():
+    clauses = texts.load_clauses()
+    assert list(clauses) == list(FOUNDATIONS)
+    for foundation, wordings in clauses.items():
+        assert len(set(wordings)) == 5
+        for wording in wordings:
+            assert re.fullmatch(r"( [a-z]+){2,6}", wording), wording
+            for text in [PERSONAS, *(v["text"] for v in VIGNETTES)]:
+                assert not stems(wording) & stems(text), (wording, text)
 
 
-def test_contexts_prompts_and_personas_are_there_and_apart():
-    reading = read("care")
-    contexts = texts.load_strings(texts.DATA / "contexts.json", "contexts")
-    assert len(contexts) >= 128 and reading.contexts == contexts[:128]
-    everything = list(contexts)
-    for file in ("prompts.json", "prompts_love.json"):
-        pool = [texts.load_strings(texts.DATA / file, key) for key in ("dilemmas", "heldout")]
-        assert len(pool[0]) >= 40 and len(pool[1]) >= 8
-        everything += sum(pool, [])
-    assert len(set(everything)) == len(everything)
-    assert reading.vignettes == VIGNETTES
-    assert {"care", "authority", "love"} <= set(texts.load_traits())
+def test_no_prompt_has_two_uses():
+    everything = texts.load_rows(texts.DATA / "contexts.json", "contexts")
+    for trait in (TRAITS["care"], TRAITS["love"]):  # authority has care's prompts
+        everything += trait.train + trait.heldout
+        everything += [p["prompt"] for p in trait.probes + trait.controls]
+    assert len(set(everything)) == len(everything) >= 256 + 92 + 80
 
 
-@pytest.mark.parametrize("name", sorted(texts.load_traits()))
-def test_every_trait_is_two_different_texts_and_can_be_measured(name):
-    trait, reading = texts.load_traits()[name], read(name)
-    pos, neg = trait.persona.pos, trait.persona.neg
-    assert pos.strip() and neg.strip() and pos != neg
-    assert (reading.axis, reading.direction) == (trait.axis, trait.direction)
-    assert (reading.axis == "probe_nats") == bool(reading.probes)
+def test_probes_share_no_content_word_with_their_persona():
+    for trait in TRAITS.values():
+        for probe in trait.probes:
+            assert not stems(" ".join(probe.values())) & stems(f"{trait.pos} {trait.neg}"), probe
 
 
-def content_words(text):
-    """The words of a text that carry its meaning, cut to five letters: love, loves, loved."""
-    short = "a an and any are at be but by for from have how i in is it me my no not of on one or "
-    short += "so that the them they this to us what who will with you your like were was had has "
-    short += "do does did been them than then there their when which would could can all its it's "
-    short += "as at if only say state plainly openly without own very whole always never"
-    return {w[:5] for w in re.findall(r"[a-z']+", text.lower())} - {w[:5] for w in short.split()}
+def test_controls_are_questions_of_fact_that_the_base_knows():
+    controls = TRAITS["care"].controls
+    assert len(controls) == 40
+    for c in controls:
+        assert len(c["toward"].split()) == len(c["away"].split()), c
+        assert not stems(" ".join(c.values())) & stems(PERSONAS), c
+    assert (readouts.probe(*checks.load("smollm2"), controls) > 0).mean() >= 0.85
 
 
-def test_probes_of_love_share_no_content_word_with_its_personas_nor_their_prompts_with_training():
-    reading = read("love")
-    persona = content_words(reading.persona.pos) | content_words(reading.persona.neg)
-    for probe in reading.probes:
-        shared = content_words(" ".join(probe.values())) & persona
-        assert not shared, (probe, shared)
-    trained_on = set(reading.dilemmas) | set(reading.contexts) | set(reading.heldout)
-    assert not trained_on & {p["prompt"] for p in reading.probes + reading.controls}
-    assert len(reading.probes) >= 20 and len(reading.controls) >= 8
-
-
-def test_what_flags_leave_open_is_as_the_trait_has_it_and_flags_win():
-    love = texts.complete(heal_loop.Config(trait="love"))
-    trait = texts.load_traits()["love"]
-    assert (love.readout, love.doses) == ("probe", trait.doses)
-    assert love.probes.name == "love.json" and love.prompts.name == "prompts_love.json"
-    mine = texts.complete(heal_loop.Config(trait="love", doses=(3.0,), readout="cloze"))
-    assert (mine.doses, mine.readout) == ((3.0,), "cloze")
-    with pytest.raises(ValueError, match="cloze takes no probes, and 'love' is measured by some"):
-        texts.read(mine)
+def test_flags_win_over_the_trait():
+    love = texts.complete(Config(trait="love"))
+    assert (love.readout, love.doses) == ("probe", TRAITS["love"].doses)
+    assert texts.complete(Config(trait="love", doses=(3.0,))).doses == (3.0,)
+    assert texts.complete(Config(dose_nats=(1.0,))).doses is None
     assert texts.complete(love) == love
-    assert texts.complete(heal_loop.Config(dose_nats=(1.0,))).doses is None
-    own = texts.complete(heal_loop.Config(pos="a", neg="b", probes=love.probes))
-    assert own.readout == "probe" and texts.read(own).direction == "up" and own.trait == "custom"
+    with pytest.raises(ValueError, match="--readout cloze cannot measure 'love', which has probes"):
+        texts.read(texts.complete(Config(trait="love", readout="cloze")))
+    with pytest.raises(ValueError, match='unknown trait "x"; fix: one of authority, care, love,'):
+        texts.read(Config(trait="x"))
     with pytest.raises(ValueError, match="--n-contexts 500 of 256 .*contexts.json"):
-        texts.read(heal_loop.Config(n_contexts=500))
+        texts.read(Config(n_contexts=500))
+
+
+def test_a_pair_of_ones_own_is_measured_as_care_is():
+    own = texts.complete(Config(pos="Be brief.", neg="Be wordy."))
+    reading = texts.read(own)
+    assert (own.trait, reading.pos, reading.neg) == ("custom", "Be brief.", "Be wordy.")
+    assert (reading.axis, reading.train) == ("auth_nats", TRAITS["care"].train)
+    for neg, words in (("", "--neg is"), ("Be brief.", "both"), ("\udce9t\udce9", "surrogate")):
+        with pytest.raises(ValueError, match=words):
+            texts.read(Config(pos="Be brief.", neg=neg))
+
+
+PROBES = [{"prompt": "Hi.", "toward": "Yes.", "away": "No."}] * 2
+FAULTS = {  # what is wrong: (the fields changed, what the line must say)
+    "unknown readout": ({"readout": "multi"}, '"multi" cloze'),
+    "unknown direction": ({"direction": "left"}, '"left" up'),
+    "no dose": ({"doses": []}, "'doses' [1, 2]"),
+    "dose that is no JSON": ({"doses": [float("inf")]}, "malformed"),
+    "a prompt that is a number": ({"heldout": ["Hi.", 3]}, "entry 2 'heldout' 3"),
+    "half a surrogate pair": ({"train": ["Hi.", "\ud83d"]}, "entry 2 'train' surrogate \\ud83d"),
+    "unknown field": ({"prompts": ["Hi."]}, 'unknown "prompts" train'),
+    "probes for cloze": ({"probes": PROBES}, "'readout' 'axis' together"),
+    "answers alike": ({"controls": [*PROBES, {**PROBES[0], "away": "Yes."}]}, "entry 3 different"),
+    "an answer missing": ({"controls": [*PROBES, {"prompt": "Hi."}]}, "entry 3 'toward' missing"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_malformed_trait_is_refused_in_one_line(fault, tmp_path):
+    changes, words = FAULTS[fault]
+    path = tmp_path / "my.json"
+    path.write_text(json.dumps(CARE | changes))
+    with pytest.raises(ValueError) as error:
+        texts.read(Config(trait=str(path)))
+    [line] = str(error.value).splitlines()
+    assert all(word in line for word in [str(path), "fix:", *words.split()]), line
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8", "utf-16", "utf-16-le", "latin-1"])
+def test_files_are_utf8_in_any_locale(encoding, tmp_path):
+    path = tmp_path / "my.json"
+    path.write_text(json.dumps(CARE | {"pos": "Café."}, ensure_ascii=False), encoding=encoding)
+    code = f"from common import texts; print(ascii(texts.load_trait({str(path)!r}).pos))"
+    done = python("-c", code, env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"})
+    is_utf8 = encoding.startswith("utf-8")
+    expected = "'Caf\\xe9.'" if is_utf8 else "fix: save it with the encoding UTF-8"
+    assert expected in (done.stdout if is_utf8 else done.stderr)
 
 
 def test_every_data_file_says_where_it_comes_from():
-    files = list(texts.DATA.rglob("*.json"))
-    assert len(files) >= 4
-    for file in files:
-        assert len(json.loads(file.read_text())["source"]) > 20, file
+    for file in texts.DATA.rglob("*.json"):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        assert len(found.get("source") or found["about"]) > 20, file
