@@ -9,6 +9,7 @@ the checks that a model must pass.
 """
 import contextlib
 import ctypes
+import functools
 import importlib.util
 import io
 import os
@@ -264,11 +265,11 @@ def find_blocks(model, name: str) -> None:
     decoder, depth = model.get_decoder(), model.config.get_text_config().num_hidden_layers
     if isinstance(getattr(decoder, "layers", None), torch.nn.ModuleList):
         return
-    for owner in decoder.modules():
-        for blocks in owner.children():
+    for key, owner in model.named_modules():
+        for blocks in owner.children() if owner in decoder.modules() else ():
             if isinstance(blocks, torch.nn.ModuleList) and len(blocks) == depth:
                 owner.__dict__["layers"] = blocks  # GPT-2, Falcon, BLOOM: h; MPT: blocks
-                model.__dict__["get_decoder"] = lambda: owner
+                model.__dict__["get_decoder"] = functools.partial(model.get_submodule, key)
                 return
     raise ValueError(f"model '{name}' ({type(model).__name__}) has no list of {depth} blocks, one "
                      "for each of its num_hidden_layers; fix: use a decoder-only model")
