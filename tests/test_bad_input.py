@@ -7,11 +7,11 @@ import json
 import os
 import resource
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from common import models, texts
@@ -75,14 +75,13 @@ def answer(run, content="Yes.", **row):
     with_line(run / "round_0/kept.jsonl", 2, json.dumps(row))
 
 
-def tensors(path, change):
-    """A safetensors file with its first tensor changed in place."""
-    from safetensors import safe_open
+def add(path, number):
+    """Add it to a tensor of layer 2 in a safetensors file."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    content = load_file(path)
-    change(content[min(content)])
-    save_file(content, path, metadata)
+    tensors = load_file(path)
+    tensors[min(key for key in tensors if "layers.2.mlp" in key)] += number
+    save_file(tensors, path, metadata)
 
 
 def pickled(model):
@@ -103,9 +102,10 @@ def full_disk(at):
 
 # ---- the kinds ----------------------------------------------------------------------------------
 
-LOOP, EVALUATE = "heal_loop --model {p.good} --out {p.tmp}/new", "evaluate --model {p.good}"
+LOOP = "heal_loop --model {p.good} --out {p.tmp}/new"
+EVALUATE = "evaluate --model {p.good} --n-vignettes 7"
 VIGNETTE = {"id": "a", "foundation": "Care", "text": "She kicked the dog."}
-VIGNETTES = EVALUATE + " --vignettes {p.tmp}/v.json"
+VIGNETTES = "evaluate --model {p.good} --vignettes {p.tmp}/v.json"
 TRAIT = LOOP + " --trait {p.data}/traits/care.json"
 RESUME, FORK = "heal_loop --resume {p.run}", "heal_loop --fork {p.run} --out {p.tmp}/new"
 
@@ -126,9 +126,9 @@ KINDS = {  # kind: (command, what its line must name, what is spoilt before)
         ("steer --prompt Hi. --dose inf", "--dose inf"), ("evaluate --dose nan", "--dose nan"),
         ("sweep --tau -1", "--tau -1.0"), ("export X --dose inf", "--dose inf")],
     "flags that do not go together": [
-        ("heal_loop --doses 1 --dose-nats 1", "--doses --dose-nats"),
         ("heal_loop --at 2", "--at 2 --fork"), ("heal_loop --pos care", "--pos --neg"),
-        ("heal_loop --trait bravery", "bravery care"), (FORK + " --resume X", "--resume --fork"),
+        ("heal_loop --trait bravery", "bravery care"),
+        (FORK + " --resume {p.run}", "--resume --fork"),
         (FORK + " --doses 5", "--doses [5.0] healing"), (RESUME + " --lam 9", "--lam 9.0 2.0"),
         (FORK + " --at 2 --rounds 4", "--at 2"), (FORK + " --at 1 --rounds 1", "--rounds 1")],
     "text that is not Unicode": [
@@ -138,8 +138,8 @@ KINDS = {  # kind: (command, what its line must name, what is spoilt before)
         (VIGNETTES, "v.json", lambda p: vignettes(p, {"text": "half \ud83d"}))],
     "a file that cannot be read as it should": [
         (VIGNETTES, "v.json"), (VIGNETTES, "v.json", lambda p: p.file("v.json", "{")),
-        (VIGNETTES, "v.json UTF-8", lambda p: p.file("v.json", '{"a": "fröhlich"}'.encode("latin1"))),
-        (VIGNETTES, "v.json UTF-8", lambda p: p.file("v.json", '{"vignettes": []}'.encode("utf-16"))),
+        (VIGNETTES, "v.json UTF-8", lambda p: p.file("v.json", '"fröhlich"'.encode("latin1"))),
+        (VIGNETTES, "v.json UTF-8", lambda p: p.file("v.json", '{"vignettes"'.encode("utf-16"))),
         (TRAIT, "care.json", lambda p: (p.data / "traits/care.json").write_text("[")),
         (LOOP, "contexts.json", lambda p: (p.data / "contexts.json").unlink()),
         (LOOP, "plain.json", lambda p: cut(p.data / "plain.json"))],
@@ -162,12 +162,14 @@ KINDS = {  # kind: (command, what its line must name, what is spoilt before)
         (EVALUATE + " --adapter {p.run}/round_1/adapter.safetensors", "round_1"),
         (EVALUATE + " --adapter {p.run}/" + ADAPTER, ADAPTER, lambda p: cut(p.run / ADAPTER)),
         (EVALUATE + " --adapter {p.run}/" + ADAPTER, f"{ADAPTER} finite",
-         lambda p: tensors(p.run / ADAPTER, lambda t: t.fill_(float("nan")))),
+         lambda p: add(p.run / ADAPTER, float("nan"))),
+        ("export {p.run} --model {p.good} --out {p.tmp}/new", ADAPTER,
+         lambda p: cut(p.run / ADAPTER)),
         (EVALUATE + " --vector {p.run}/" + VECTOR, VECTOR, lambda p: cut(p.run / VECTOR)),
         (EVALUATE + " --vector {p.tmp}/wide", "64 32",
          lambda p: SteeringVector({2: torch.ones(64)}, {}).save(p.tmp / "wide")),
         (RESUME + " --model {p.model}", "adapter.safetensors base",
-         lambda p: tensors(p.model / "model.safetensors", lambda t: t.add_(1)))],
+         lambda p: add(p.model / "model.safetensors", 1))],
     "settings or events of a run that are none": [
         ("heal_loop --resume {p.tmp}", "config.json"), ("plot {p.tmp}", "events.jsonl"),
         (RESUME, "config.json", lambda p: cut(p.run / "config.json")),
@@ -179,8 +181,7 @@ KINDS = {  # kind: (command, what its line must name, what is spoilt before)
         (RESUME, "events.jsonl 1", lambda p: with_line(p.run / "events.jsonl", 1, '{"a": 1}')),
         (RESUME, "events.jsonl base", lambda p: (p.run / "events.jsonl").write_text("")),
         ("plot {p.run}", "round_1/events.jsonl 2",
-         lambda p: with_line(p.run / "round_1/events.jsonl", 2, "{oops}")),
-        ("export {p.run} --out {p.tmp}/new", "adapter.safetensors", lambda p: cut(p.run / ADAPTER))],
+         lambda p: with_line(p.run / "round_1/events.jsonl", 2, "{oops}"))],
     "kept data that was edited": [
         (FORK, "kept.jsonl 2 content", lambda p: answer(p.run, None)),
         (FORK, "kept.jsonl 2 content", lambda p: answer(p.run, ["Yes."])),
@@ -189,17 +190,18 @@ KINDS = {  # kind: (command, what its line must name, what is spoilt before)
         (FORK, "kept.jsonl 2 tokens", lambda p: answer(p.run, tokens=[-1])),
         (FORK, "kept.jsonl 2 messages", lambda p: answer(p.run, messages=[])),
         (FORK, "kept.jsonl 2", lambda p: with_line(p.run / "round_0/kept.jsonl", 2, "[1]")),
-        (FORK, "kept.jsonl 2", lambda p: with_line(p.run / "round_0/kept.jsonl", 2, '{"prompt": 1}')),
+        (FORK, "kept.jsonl 2", lambda p: with_line(p.run / "round_0/kept.jsonl", 2, '{"a": 1}')),
         (FORK, "kept.jsonl 0", lambda p: (p.run / "round_0/kept.jsonl").write_text(""))],
     "a folder that is taken, or a disk that is full": [
         ("heal_loop --out {p.tmp}", "not empty", lambda p: p.file("thesis.txt")),
         ("heal_loop --out {p.tmp}/a", "a not empty", lambda p: p.file("a")),
         ("heal_loop --model {p.good} --out {p.tmp}/a/b", "a/b", lambda p: p.file("a")),
-        ("export {p.run} --out {p.tmp}", "empty", lambda p: p.file("thesis.txt")),
+        ("export {p.run} --out {p.tmp}", "--out exists", lambda p: p.file("thesis.txt")),
         (LOOP, "large disk", lambda p: full_disk(10)),
         (LOOP + " --no-baselines --n-vignettes 7", "large --resume", lambda p: full_disk(4000))],
     "a model that is none": [
-        ("evaluate --model smollm3", "smollm3 smollm2"), ("evaluate --model {p.tmp}", "config.json"),
+        ("evaluate --model smollm3", "smollm3 smollm2"),
+        ("evaluate --model {p.tmp}", "config.json"),
         (EVALUATE + " --device tpu", "--device tpu"),
         ("evaluate --model {p.model}", "config.json", lambda p: cut(p.model / "config.json")),
         ("evaluate --model {p.model}", "model", lambda p: cut(p.model / "model.safetensors")),
@@ -247,7 +249,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     ("heal_loop --rankk 3", "--rankk --rank"), ("heal_loop please", "please"),
     ("export X --to onnx", "--to onnx peft"), ("steer", "--prompt"), ("plot", "PATH"),
     ("sweep --rank high", "--rank high")])
-def test_a_flag_that_does_not_parse_is_named_in_tyros_words(line, names, tmp_path, monkeypatch, capsys):
+def test_a_flag_that_does_not_parse_is_named_by_tyro(line, names, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         command(monkeypatch, *line.split())
@@ -267,11 +269,9 @@ def test_the_command_itself_reports_without_network_or_utf8(line, code, names, t
     assert all(name in done.stderr for name in names.split()), done.stderr
 
 
-def test_no_home_folder_is_one_line(monkeypatch, capsys, tmp_path):
+def test_no_home_folder_is_one_line(monkeypatch, capsys):
     monkeypatch.delenv("HOME")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(
-        RuntimeError("Could not determine home directory.")))
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a user id that nobody has
     monkeypatch.setattr(models, "load", lambda *args: Path.home())
     with pytest.raises(SystemExit):
         command(monkeypatch, "evaluate")
