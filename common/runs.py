@@ -241,6 +241,10 @@ def begin(config, name: str, downstream: tuple[str, ...] = (), again: str = ""):
     check_ranges(config)
     folder = config.resume or config.out or Path(f"runs/{datetime.now():%Y%m%d-%H%M%S}_{name}")
     source, at = config.fork, config.at
+    if source and config.resume:
+        raise ValueError("--resume and --fork exclude each other; fix: give one of them")
+    if at and not source:
+        raise ValueError(f"--at {at} says where a fork begins; fix: --fork RUN")
     if config.resume:
         refuse_other_settings(config, folder, ("model",) if rounds_done(folder) else (),
                               "resume without the flag, or --fork the run")
