@@ -22,8 +22,8 @@ from matplotlib.ticker import NullFormatter
 from tabulate import tabulate
 
 from common import runs
-from common.texts import FOUNDATIONS
-from evaluate import NATS, Estimate, Profile, coh_cost, delta, largest_mover, surgicality
+from common.texts import FOUNDATIONS, NATS
+from evaluate import Estimate, Profile, coh_cost, delta, largest_mover, surgicality
 from steer import SteeringVector
 
 RED, GREEN, GREY = "#c0392b", "#1e8449", "#555555"
@@ -61,7 +61,7 @@ def measured(events: list[dict]) -> list[Point]:
             names = {"base": "base", "prompted": "persona prompt",
                      "matched": f"steering alone, dose {e.get('dose', 0):.2f}"}
             name = names.get(e["stage"], f"{e['stage']} r{e['round']}")
-            points.append(Point(name, e["stage"], e["round"], e, Profile.from_dict(e["profile"])))
+            points.append(Point(name, e["stage"], e["round"], e, Profile(**e["profile"])))
     return points
 
 
