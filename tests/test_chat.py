@@ -1,5 +1,6 @@
 """Talking to a run: three models side by side, driven through a pipe."""
 import io
+import os
 
 import pytest
 import torch
@@ -25,9 +26,8 @@ def loaded(run, tiny_folder):
 
 
 def talk(monkeypatch, capsys, run, text, *flags):
-    """What chat answers to some lines of input, in UTF-8 or bytes -> (stdout, stderr)."""
-    text = text if isinstance(text, bytes) else text.encode()
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text), encoding="ascii"))
+    """What chat answers to some lines of input -> (stdout, stderr)."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode()), "ascii"))
     command(monkeypatch, "chat", run, *SHORT, *flags)
     return capsys.readouterr()
 
@@ -42,14 +42,17 @@ def answers(output):
 
 
 @pytest.mark.slow
-def test_a_pipe_gets_every_arms_answer_and_mistakes_in_one_line(run):
-    done = python("-m", "tools.chat", run, *SHORT, input="Hello.\n/dose much\nHello.\n")
+def test_a_pipe_in_any_encoding_gets_every_arms_answer(run):
+    lines = "Grüße?\n/dose much\nGrüße?\n".encode() + "Grüße?\n".encode("latin-1")
+    done = python("-m", "tools.chat", run, *SHORT, input=lines, text=False, encoding=None,
+                  env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
     assert done.returncode == 0
-    first, nothing, again = answers(done.stdout)
-    assert list(first) == ["base", "steered r1", "healed r1"] and all(first.values())
+    first, nothing, again, garbled = answers(done.stdout.decode())
+    assert list(first) == ["base", "steered r1", "healed r1"]
     assert nothing == {} and again == first, "the mistake changed something"
-    assert done.stderr.count("\n") == 1 and "'/dose much' sets nothing; fix:" in done.stderr
-    assert "\x1b" not in done.stdout, "colours and cursors are for a terminal"
+    assert all(first.values()) and all(garbled.values()) and garbled != first
+    assert done.stderr.count(b"\n") == 1 and b"'/dose much' sets nothing; fix:" in done.stderr
+    assert b"\x1b" not in done.stdout, "colours and cursors are for a terminal"
 
 
 def test_at_dose_0_all_three_are_the_base(run, tiny_folder, monkeypatch, capsys):
@@ -64,8 +67,8 @@ def test_at_dose_0_all_three_are_the_base(run, tiny_folder, monkeypatch, capsys)
 def test_seed_and_system_change_the_answer_and_can_be_reset(run, monkeypatch, capsys):
     text = "Hello.\n/seed 5\nHello.\n/seed 0\n/system Pirates only.\nHello.\n/system\nHello.\n"
     out, _ = talk(monkeypatch, capsys, run, text)
-    first, seeded, ordered, last = [turn["base"] for turn in answers(out) if turn]
-    assert len({first, seeded, ordered}) == 3 and last == first
+    first, seeded, told, last = [turn["base"] for turn in answers(out) if turn]
+    assert len({first, seeded, told}) == 3 and last == first
 
 
 @pytest.mark.parametrize("line, why", [
@@ -76,12 +79,6 @@ def test_a_bad_line_is_told_with_its_fix_and_changes_nothing(run, monkeypatch, c
     assert err.startswith("error: ") and why in err and "fix:" in err and err.count("\n") == 1
     first, _, last = answers(out)
     assert first == last != {}
-
-
-def test_bytes_that_are_not_utf_8_are_shown_and_answered(run, monkeypatch, capsys):
-    out, err = talk(monkeypatch, capsys, run, "Grüße?\n".encode() + "Grüße?\n".encode("latin-1"))
-    assert err == "" and "> Grüße?" in out and "> Gr\ufffd\ufffde?" in out
-    assert all(all(turn.values()) for turn in answers(out))
 
 
 def test_arms_that_take_turns_answer_as_the_sampler_does(run, loaded):

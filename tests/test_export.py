@@ -1,4 +1,5 @@
 """What leaves the project is read back with the real readers: PEFT, transformers, gguf."""
+import contextlib
 import copy
 import json
 import os
@@ -23,14 +24,14 @@ from tools import export, plot
 pytestmark = pytest.mark.filterwarnings("ignore:LoRA reaches")  # of mixtral's experts
 
 
-def student(model, rounds, folder=None, **kwargs):
+def student(model, rounds, size=0.1, folder=None, **kwargs):
     """`model` with folded rounds that changed it, each saved in `folder` as a run would."""
     lora.attach(model, rank=4, alpha=8, **kwargs)
     generator = torch.Generator().manual_seed(0)
     for r in range(rounds):
         for m in lora.adapters(model).values():
             m.A.data = 0.1 * torch.randn(m.A.shape, generator=generator)
-            m.B.data = 0.1 * torch.randn(m.B.shape, generator=generator)
+            m.B.data = size * torch.randn(m.B.shape, generator=generator)
         lora.fold(model)
         if folder:
             lora.save(model, folder / f"round_{r}" / "adapter.safetensors")
@@ -56,33 +57,20 @@ def read_model(folder, dtype=torch.float32):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_peft_gives_the_students_logits_at_any_dose(name, ids, tmp_path):
-    model = student(tiny(name), 3)
-    original = logits(tiny(name), ids)
-    for dose in (1.0, -1.5, 0.0):
-        folder = tmp_path / str(dose)
-        export.export_peft(model, folder, dose)
-        with lora.gates(model, history=dose):
-            ours = logits(model, ids)
-        theirs = logits(PeftModel.from_pretrained(tiny(name), folder).eval(), ids)
-        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
-        assert torch.equal(theirs, original) if dose == 0 else (theirs != original).any()
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_adapter_names_each_wrapped_module_and_no_other(name, tmp_path):
-    # the vision tower of a multimodal checkpoint has a block 0 and a q_proj too
     model = student(tiny(name), 3, layers=(0.0, 1.0))
-    export.export_peft(model, tmp_path)
+    for dose in (1.0, -1.5, 0.0):
+        export.export_peft(model, tmp_path, dose)
+        theirs = PeftModel.from_pretrained(tiny(name), tmp_path).eval()
+        with lora.gates(model, history=dose, live=0):
+            ours = logits(model, ids)
+        torch.testing.assert_close(logits(theirs, ids), ours, rtol=0, atol=1e-5)
+        # the vision tower of a multimodal checkpoint has a block 0 and a q_proj too
+        assert set(lora.adapters(model)) == {
+            name.removeprefix("base_model.model.") for name, m in theirs.named_modules()
+            if hasattr(m, "lora_A")}
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     wanted = {"r": 12, "lora_alpha": 24, "bias": "none", "use_rslora": False, "use_dora": False}
     assert {key: config[key] for key in wanted} == wanted and config["base_model_name_or_path"]
-    names = set(lora.adapters(model))
-    assert set(config["target_modules"]) == names
-    keys = {f"base_model.model.{n}.lora_{part}.weight" for n in names for part in "AB"}
-    assert set(tensors(tmp_path / "adapter_model.safetensors")) == keys
-    theirs = PeftModel.from_pretrained(tiny(name), tmp_path)
-    assert names == {n.removeprefix("base_model.model.") for n, m in theirs.named_modules()
-                     if hasattr(m, "lora_A")}
 
 
 def glm4_moe(settings):
@@ -98,29 +86,17 @@ def jamba(settings):
     return transformers.JambaForCausalLM(transformers.JambaConfig(**settings))
 
 
-@pytest.mark.parametrize("make, refused", [
-    (lambda s: tiny("llama", **s), False), (lambda s: tiny("mixtral", **s), False),
-    (glm4_moe, True), (jamba, True)])
-@pytest.mark.parametrize("dose", [1.0, 0.3, 0.0])
+@pytest.mark.parametrize("make, refused", [(lambda s: tiny("llama", **s), False),
+                                           (lambda s: tiny("mixtral", **s), False),
+                                           (glm4_moe, True), (jamba, True)])
+@pytest.mark.parametrize("dose", [1.0, 0.3])
 def test_an_adapter_that_peft_reads_otherwise_is_refused(make, refused, dose, embedded, tmp_path):
     torch.manual_seed(0)
-    model = student(make(SMALL | dict(vocab_size=49152)).eval(), 2, layers=(0.0, 1.0))
-    for m in lora.adapters(model).values():
-        m.history_B *= 3
-    export.export_peft(model, tmp_path, dose)
-    if refused and dose:
-        with pytest.raises(ValueError, match="PEFT reads this adapter otherwise.*; fix: --to mer"):
-            export.check_peft(model, embedded[1], tmp_path, dose)
-    else:
+    model = make(SMALL | dict(vocab_size=49152)).eval()
+    export.export_peft(student(model, 2, size=0.3, layers=(0.0, 1.0)), tmp_path, dose)
+    what = pytest.raises(ValueError, match="PEFT reads this adapter otherwise.*; fix: --to merged")
+    with what if refused else contextlib.nullcontext():
         export.check_peft(model, embedded[1], tmp_path, dose)
-
-
-def test_a_student_without_a_round_is_not_exported(tmp_path):
-    model = tiny("llama")
-    lora.attach(model)
-    with pytest.raises(ValueError, match="no round is folded yet; fix: fold"):
-        export.export_peft(model, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("rank, words", [
@@ -187,12 +163,8 @@ def test_a_control_vector_steers_the_same_blocks(run, ids, tmp_path, monkeypatch
         block = model.model.layers[int(name.removeprefix("direction."))]
         block.register_forward_hook(build_cvec(direction))
     assert torch.equal(logits(model, ids), ours)
-
-
-def test_a_vector_of_block_0_is_not_exported(tmp_path):
     with pytest.raises(ValueError, match="cannot steer block 0"):
-        export.export_gguf(SteeringVector({0: torch.ones(32)}), tmp_path / "zero.gguf")
-    assert not list(tmp_path.iterdir())
+        export.export_gguf(SteeringVector({0: direction}), tmp_path / "zero.gguf")
 
 
 # ---- a run --------------------------------------------------------------------------------------
@@ -246,17 +218,6 @@ def test_a_merged_multimodal_checkpoint_is_whole(run, tiny_folder, ids, tmp_path
                if "vision" in key} for folder in (base, out)]
     assert towers[0] and towers[0].keys() == towers[1].keys()
     assert all(torch.equal(value, towers[1][key]) for key, value in towers[0].items())
-
-
-def test_a_round_that_is_not_finished_is_left_out(run, tmp_path, monkeypatch):
-    killed = shutil.copytree(run, tmp_path / "run")
-    (killed / "round_1").rename(killed / "round_1.tmp")  # before the rename that finishes it
-    command(monkeypatch, "export", killed, "--to", "peft", "--out", tmp_path / "out")
-    found = tensors(tmp_path / "out" / "adapter_model.safetensors")
-    for key, value in tensors(run / "round_0" / "adapter.safetensors").items():
-        module, _, part = key.rpartition(".")
-        assert torch.equal(found[f"base_model.model.{module}.lora_{part}.weight"], value)
-    assert "healed r1" not in (tmp_path / "out" / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("out", ["link", "/dev/shm", ".", "file", "empty"])
