@@ -6,55 +6,53 @@
     cmake --build build --target llama-completion
     LLAMA_CPP=$PWD python -m pytest tests/test_llama_cpp.py                 # in this repository
 """
+import copy
 import os
 from pathlib import Path
 
 import pytest
-import torch
 
-from tools import export
-import lora
 from common import models
-from conftest import python
+from common.prompts import persona_prompts
 from common.sampling import sample
-from steer import Persona, band, chat_ids, chat_text, extract_vector
+from conftest import python
+from steer import band, extract_vector
+from test_export import student
+from tools import export
 
 HERE = Path(os.environ.get("LLAMA_CPP", "llama.cpp"))
 PROGRAM = HERE / "build" / "bin" / "llama-completion"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(
     not PROGRAM.exists(), reason="needs LLAMA_CPP, a folder of llama.cpp with a build")]
 
-PROMPTS = ["My boss told me to ignore a crying customer. What should I do?",
-           "How do I boil an egg?", "Is it ever right to break a promise?"]
-N = 16  # tokens
+PROMPTS = ["How do I boil an egg?", "Is it ever right to break a promise?"]
 
 
-def converted(script, folder, file, *how):
+def converted(script, folder, file, *flags):
     """What llama.cpp's own converter makes of a folder of ours, in float32."""
-    done = python(HERE / script, folder, "--outtype", "f32", "--outfile", file, *how)
+    done = python(HERE / script, folder, "--outtype", "f32", "--outfile", file, *flags)
     assert done.returncode == 0, done.stderr[-2000:]
     return file
 
 
-def says(tok, model, *how):
+def theirs(chat, model, *flags):
     """llama.cpp's greedy continuation of every prompt, keys and values in float32."""
     texts = []
     for prompt in PROMPTS:
         done = python(
             "-c", "import os, sys; os.execv(sys.argv[1], sys.argv[1:])", PROGRAM, "-m", model,
-            "-p", chat_text(tok, prompt), "-n", N, "--temp", 0, "-c", 512, "-t", 1, "-fa", "off",
-            "-ctk", "f32", "-ctv", "f32", "-no-cnv", "--no-display-prompt", "--no-warmup", *how,
+            "-p", chat.text(prompt), "-n", 16, "--temp", 0, "-c", 512, "-t", 1, "-fa", "off",
+            "-ctk", "f32", "-ctv", "f32", "-no-cnv", "--no-display-prompt", "--no-warmup", *flags,
             stdin=open(os.devnull))
         assert done.returncode == 0, done.stderr[-2000:]
         texts.append(done.stdout.rstrip("\n").removesuffix(" [end of text]"))
     return texts
 
 
-def ours(model, tok):
+def ours(chat, model):
     """Our greedy continuation of every prompt."""
-    ids = [chat_ids(tok, prompt) for prompt in PROMPTS]
-    said = sample(model, tok, ids, max_new_tokens=N, temperature=0)
-    return [tok.decode(new).rstrip("\n") for new in said]
+    answers = sample(model, chat, [chat.ids(p) for p in PROMPTS], max_new_tokens=16, temperature=0)
+    return [chat.decode(tokens).rstrip("\n") for tokens in answers]
 
 
 @pytest.fixture(scope="module")
@@ -64,55 +62,30 @@ def base(tmp_path_factory):
     return converted("convert_hf_to_gguf.py", models.embedded_folder(), file)
 
 
-@pytest.fixture
-def student(embedded):
-    """The embedded model with two folded rounds that change what it says."""
-    model, tok = embedded
-    torch.manual_seed(0)
-    lora.attach(model, rank=4, alpha=8)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(2):
-        for m in lora.adapters(model).values():
-            m.B.data = 0.15 * torch.randn(m.B.shape, generator=generator)
-        lora.fold(model)
-    with lora.gates(model, history=0):
-        original = ours(model, tok)
-    assert original != ours(model, tok), "the rounds must show"
-    yield model, tok
-    lora.detach(model)
-
-
-def test_the_embedded_model_converts_and_says_the_same(embedded, base):
-    assert says(embedded[1], base) == ours(*embedded)
-
-
-def test_the_lora_says_what_the_student_says(student, base, tmp_path):
-    model, tok = student
+def test_lora_and_merged_checkpoint_answer_as_the_student(embedded, base, tmp_path):
+    model, chat = copy.deepcopy(embedded[0]), embedded[1]
+    plain = ours(chat, model)
+    assert theirs(chat, base) == plain
+    healed = ours(chat, student(model, 2))
+    assert healed != plain, "the rounds must show"
     export.export_peft(model, tmp_path / "peft")
     adapter = converted("convert_lora_to_gguf.py", tmp_path / "peft", tmp_path / "lora.gguf",
                         "--base", models.embedded_folder())
-    assert says(tok, base, "--lora", adapter) == ours(model, tok)
-
-
-def test_the_merged_checkpoint_says_what_the_student_says(student, tmp_path):
-    model, tok = student
+    assert theirs(chat, base, "--lora", adapter) == healed
     export.export_merged(model, tmp_path / "merged")
-    tok.save_pretrained(tmp_path / "merged")
+    chat.tok.save_pretrained(tmp_path / "merged")
     file = converted("convert_hf_to_gguf.py", tmp_path / "merged", tmp_path / "merged.gguf")
-    assert says(tok, file) == ours(model, tok)
+    assert theirs(chat, file) == healed
 
 
-def test_the_control_vector_says_what_ours_does_when_every_position_is_steered(
-        embedded, base, tmp_path):
-    model, tok = embedded
-    persona = Persona("You care about people and protect them.", "You obey rank and rules.")
-    vector = extract_vector(model, tok, persona, PROMPTS, band(model, (0.45, 0.55)))
+def test_the_control_vector_answers_as_ours_at_every_position(embedded, base, tmp_path):
+    model, chat = embedded
+    personas = persona_prompts(chat, "You care about people.", "You obey rank and rules.", PROMPTS)
+    vector = extract_vector(model, *personas, band(model, (0.45, 0.55)))
     export.export_gguf(vector, tmp_path / "v.gguf")
-    plain, told = ours(model, tok), []
-    for dose in (1.0, 2.0, 4.0):
-        with vector.at(model, dose):
-            steered = ours(model, tok)
-        theirs = says(tok, base, "--control-vector-scaled", f"{tmp_path / 'v.gguf'}:{dose}")
-        assert theirs == steered
-        told.append(steered)
-    assert all(a != b for a, b in zip(plain, told[-1]))
+    for dose in (1.0, 4.0):
+        with vector.at(model, dose):  # the prompt too, as llama.cpp does
+            steered = ours(chat, model)
+        flag = f"{tmp_path / 'v.gguf'}:{dose}"
+        assert theirs(chat, base, "--control-vector-scaled", flag) == steered
+    assert all(a != b for a, b in zip(ours(chat, model), steered))

@@ -22,8 +22,8 @@ from matplotlib.ticker import NullFormatter
 from tabulate import tabulate
 
 from common import runs
-from common.texts import FOUNDATIONS
-from evaluate import NATS, Estimate, Profile, coh_cost, delta, largest_mover, surgicality
+from common.texts import FOUNDATIONS, NATS
+from evaluate import Estimate, Profile, coh_cost, delta, largest_mover, surgicality
 from steer import SteeringVector
 
 RED, GREEN, GREY = "#c0392b", "#1e8449", "#555555"
