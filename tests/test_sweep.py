@@ -4,7 +4,6 @@ import math
 import shutil
 import sys
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -15,8 +14,6 @@ import lora
 from common import checks, runs
 from studies import frontier
 from tools import plot, sweep
-
-SHARED = ("vector.safetensors", "sampled.jsonl", "kept.jsonl")  # of a round, all before its healing
 
 
 def config(tmp_path, **changes):
@@ -33,8 +30,7 @@ def test_every_combination_that_makes_sense_is_an_arm_once(tmp_path):
                              agg=("mean", "rmse"), seeds=(0, 1, 2)))
     assert list(arms) == ["nll", "kl_fwd_mean", "kl_fwd_rmse", "kl_rev_mean", "kl_rev_rmse", "wd"]
     assert all([run.seed for run in of_arm] == [0, 1, 2] for of_arm in arms.values())
-    assert len({run.out for of_arm in arms.values() for run in of_arm}) == 18
-    assert {(run.reg, run.agg) for run in arms["kl_fwd_mean"]} == {("kl_fwd", "mean")}
+    assert len({run.out for run in sum(arms.values(), [])}) == 18
 
 
 def test_only_what_varies_and_has_an_effect_names_an_arm(tmp_path):
@@ -49,38 +45,33 @@ def test_only_what_varies_and_has_an_effect_names_an_arm(tmp_path):
 
 
 @pytest.mark.parametrize("name, values, arms", [
-    ("ref", ("base", "prev", "good"), ["refbase", "refprev", "refgood"]),
-    ("dose_nats", ("0.5", "1,2"), ["nats0.5", "nats1+2"]), ("tau", (0.05, 1.0), ["tau0.05", "tau1"]),
-    ("lam", (1.0, 4.0), ["lam1", "lam4"]), ("epochs", (1, 3), ["epochs1", "epochs3"]),
-    ("rank", (16, 64), ["rank16", "rank64"]), ("trait", ("care", "authority"), None),
-    ("teacher", ("steered", "prompted"), None), ("targets", ("samples", "soft"), None),
-    ("top_k", (0, 64), ["k0", "k64"]), ("top_p", (0.95, 1.0), ["p0.95", "p1"]),
-    ("max_perplexity", (15.0, 1e9), ["ppl15", "ppl1e+09"])])
+    ("ref", ("prev", "good"), "refprev refgood"), ("dose_nats", ("0.5", "1,2"), "nats0.5 nats1+2"),
+    ("tau", (0.05, 1.0), "tau0.05 tau1"), ("lam", (1.0, 4.0), "lam1 lam4"),
+    ("epochs", (1, 3), "epochs1 epochs3"), ("rank", (16, 64), "rank16 rank64"),
+    ("trait", ("care", "authority"), "care authority"),
+    ("teacher", ("steered", "prompted"), "steered prompted"),
+    ("targets", ("samples", "soft"), "samples soft"), ("top_k", (0, 64), "k0 k64"),
+    ("top_p", (0.95, 1.0), "p0.95 p1"), ("max_perplexity", (15.0, 1e9), "ppl15 ppl1e+09")])
 def test_every_flag_that_may_vary_makes_arms(tmp_path, name, values, arms):
     by_arm = sweep.arms(config(tmp_path, reg=("kl_rev",), **{name: values}))
-    assert list(by_arm) == [f"kl_rev_rmse_{arm}" for arm in arms or values]
+    assert list(by_arm) == [f"kl_rev_rmse_{arm}" for arm in arms.split()]
     if name != "dose_nats":
         assert [getattr(run, name) for run, in by_arm.values()] == list(values)
 
 
-def parsed(monkeypatch, words):
-    """The sweep.Config of a command line."""
+def test_every_flag_of_the_loop_holds_for_all_arms(monkeypatch):
     configs = []
 
     def main(cfg):
         configs.append(cfg)
-    monkeypatch.setattr(sys, "argv", ["sweep.py", *words.split()])
+    monkeypatch.setattr(sys, "argv", (
+        "sweep.py --reg nll kl_rev --tau 0.7 --seeds 3 4 --doses 0 1,2.5 --agg max --top-k 0 "
+        "--out x --rounds 5 --baselines --executor slurm --executor here").split())
     runs.cli(sweep.Config, main, rest="run")
-    return configs[0]
-
-
-def test_every_flag_of_the_loop_holds_for_all_arms(monkeypatch):
-    cfg = parsed(monkeypatch, "--reg nll kl_rev --tau 0.7 --seeds 3 4 --doses 0 1,2.5 --agg max "
-                 "--top-k 0 --out x --rounds 5 --baselines --executor slurm --executor here")
-    assert (cfg.reg, cfg.agg, cfg.seeds, cfg.executor) == (("nll", "kl_rev"), ("max",), (3, 4),
-                                                          "here")
-    every = [run for of_arm in sweep.arms(cfg).values() for run in of_arm]
-    assert [run.doses for run in every] == [(0,)] * 2 + [(1, 2.5)] * 2 + [(0,)] * 2 + [(1, 2.5)] * 2
+    [cfg] = configs
+    assert (cfg.reg, cfg.seeds, cfg.executor) == (("nll", "kl_rev"), (3, 4), "here")
+    every = sum(sweep.arms(cfg).values(), [])
+    assert [run.doses for run in every] == [(0,), (0,), (1, 2.5), (1, 2.5)] * 2
     for run in every:
         assert (run.tau, run.top_k, run.rounds, run.baselines) == (0.7, 0, 5, True)
         assert run.n_keep == heal_loop.Config.n_keep and run.resume is None and run.fork is None
@@ -118,18 +109,11 @@ def settings(tiny_folder):
         rounds=2, tau=0.0, lam=100.0, lr=0.009)
 
 
-class Swept(NamedTuple):
-    """A finished sweep of two arms and two seeds."""
-    cfg: sweep.Config
-    arms: dict[str, list[heal_loop.Config]]
-    loaded: list  # every (model, chat) that was read from disk
-
-
 @pytest.fixture(scope="module")
 def swept(settings, tmp_path_factory):
-    """Tests leave it as they found it."""
-    cfg = config(tmp_path_factory.mktemp("swept"), reg=("nll", "kl_rev"), seeds=(0, 1),
-                 alone=(2.0,), run=settings)
+    """A finished sweep of two arms: its config and the model. Tests leave it as they found it."""
+    cfg = config(tmp_path_factory.mktemp("swept"), reg=("nll", "kl_rev"), alone=(2.0,),
+                 run=settings)
     loaded, load = [], checks.load
 
     def noted(*which):
@@ -140,7 +124,9 @@ def swept(settings, tmp_path_factory):
         patch.setattr(checks, "load", noted)
         patch.setattr(sys, "argv", ["sweep.py", "--reg", "nll", "kl_rev"])
         sweep.main(cfg)
-    return Swept(cfg, sweep.arms(cfg), loaded)
+    [(model, chat)] = loaded  # read once
+    assert not lora.is_attached(model)
+    return cfg, (model, chat)
 
 
 @pytest.fixture
@@ -162,18 +148,19 @@ def contents(folder):
 
 
 @pytest.mark.slow
-def test_a_sweep_leaves_whole_runs_and_their_records(swept):
-    by_name = {run.name: run for run in sweep.load(swept.cfg.records / "sweep")}
-    assert list(by_name) == ["alone", "kl_rev_rmse_s0", "kl_rev_rmse_s1", "nll_s0", "nll_s1"]
-    for run in sum(swept.arms.values(), []):
+def test_a_sweep_leaves_whole_runs_records_and_a_page(swept, tmp_path):
+    cfg, _ = swept
+    folder = cfg.records / "sweep"
+    by_name = {run.name: run for run in sweep.load(folder)}
+    assert list(by_name) == ["alone", "kl_rev_rmse_s0", "nll_s0"]
+    for run in sum(sweep.arms(cfg).values(), []):
         assert sweep.is_finished(run) and (run.out / "report.html").exists()
         record, events = by_name[run.out.name], runs.read_events(run.out)
         settings = json.loads((run.out / "config.json").read_text(encoding="utf-8"))
-        assert record.config == settings | {"arm": run.out.name[:-3],
-                                            "command": "--reg nll kl_rev"}
-        assert [(e["stage"], e["round"]) for e in record.events] == [
-            (e["stage"], e["round"]) for e in events]
+        labels = {"arm": run.out.name[:-3], "command": "--reg nll kl_rev"}
+        assert record.config == settings | labels and len(record.events) == len(events)
         for kept, event in zip(record.events, events):
+            assert (kept["stage"], kept["round"]) == (event["stage"], event["round"])
             for name, value in event.items():
                 if isinstance(value, float):
                     assert math.isclose(kept[name], value, rel_tol=1e-5)
@@ -183,31 +170,24 @@ def test_a_sweep_leaves_whole_runs_and_their_records(swept):
                 assert np.allclose(kept["spread"], event["profile"]["spread"]["auth_nats"])
                 assert {"perplexity", "drift", "entropy", "ended", "repetition", "text_nats",
                         "control_nats", "care_nats", "coherence"} <= kept.keys()
-    assert all(file.stat().st_size < 12000 for file in (swept.cfg.records / "sweep").iterdir())
+    assert all(file.stat().st_size < 12000 for file in folder.iterdir())
 
-
-@pytest.mark.slow
-def test_the_page_of_a_sweep_has_its_runs_numbers(swept, tmp_path):
-    folder = swept.cfg.records / "sweep"
     frontier.main(frontier.Config(folder, tmp_path / "arms.md"))
+    base, *_, last = [e for e in events if e["stage"] in ("base", "healed")]
     page = (tmp_path / "arms.md").read_text(encoding="utf-8")
-    assert "least wording" in page and "entropy" in page and "nan" not in page
-    shifts = []
-    for run in swept.arms["nll"]:
-        base, *_, last = [e for e in runs.read_events(run.out) if e["stage"] in ("base", "healed")]
-        shifts.append(base["auth_nats"] - last["auth_nats"])
     rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines()]
-    last, = [row for row in rows if row[1:3] == ["nll", "1"]]
-    assert last[3:6:2] == ["2", f"{np.mean(shifts):.2f}"]
+    [row] = [row for row in rows if row[1:3] == [record.config["arm"], "1"]]
+    assert row[5] == f"{base['auth_nats'] - last['auth_nats']:.2f}" and "least wording" in page
 
 
 @pytest.mark.slow
 def test_only_a_new_dose_of_steering_alone_is_measured(swept, tmp_path):
-    alone = sweep.references(swept.cfg, swept.arms["nll"][0])
+    cfg, loaded = swept
+    alone = sweep.references(cfg, sweep.arms(cfg)["nll"][0])
     alone = replace(alone, out=shutil.copytree(alone.out, tmp_path / "alone"))
     before = runs.read_events(alone.out)
     assert sweep.doses_left(alone, (2.0, 2.0)) == [] and sweep.doses_left(alone, (1, 2)) == [1]
-    sweep.steer_alone(alone, (1.0, 2.0), swept.loaded[0])
+    sweep.steer_alone(alone, (1.0, 2.0), loaded)
     *same, new = runs.read_events(alone.out)
     assert same == before and (new["stage"], new["dose"]) == ("alone", 1.0)
     steered = next(e for e in before if e["stage"] == "alone")
@@ -215,82 +195,36 @@ def test_only_a_new_dose_of_steering_alone_is_measured(swept, tmp_path):
 
 
 @pytest.mark.slow
-def test_arms_of_a_seed_share_round_0_to_the_byte(swept):
-    nll, kl = swept.arms["nll"], swept.arms["kl_rev_rmse"]
-    for name in SHARED:
-        ours, theirs, other_seed = ((run.out / "round_0" / name).read_bytes()
-                                    for run in (kl[0], nll[0], nll[1]))
-        assert ours == theirs
-        assert ours != other_seed or name == "vector.safetensors"  # nothing drawn goes into it
-    common = []  # the times of the events included: they were copied, not made again
-    for run in (nll[0], kl[0]):
-        common.append([e for e in runs.read_events(run.out) if e["stage"] == "base" or (
-            e["round"] == 0 and e["stage"] in ("distil", "steered"))])
-    assert common[0] == common[1] and len(common[0]) == 3
-
-
-@pytest.mark.slow
 def test_a_forked_arm_ends_in_the_bytes_of_one_alone(swept, tmp_path, no_floor):
-    forked = swept.arms["kl_rev_rmse"][1]
+    forked, = sweep.arms(swept[0])["kl_rev_rmse"]
     heal_loop.main(replace(forked, out=tmp_path / "alone"))
     a, b = contents(forked.out), contents(tmp_path / "alone")
     assert a.keys() == b.keys() and [name for name in a if a[name] != b[name]] == []
 
 
 @pytest.mark.slow
-def test_the_model_is_read_once_and_handed_out_clean(swept, settings):
-    (model, _), = swept.loaded
-    assert not lora.is_attached(model)
-    ours = model.state_dict()
-    theirs = checks.load(settings.model, "cpu", "float32")[0].state_dict()
-    assert ours.keys() == theirs.keys()
-    assert all((value == theirs[key]).all() for key, value in ours.items())
-
-
-@pytest.mark.slow
 def test_a_second_call_makes_only_what_is_missing(swept, monkeypatch, no_floor):
-    resumed, main, load = [], heal_loop.main, checks.load
+    cfg, resumed, main, load = swept[0], [], heal_loop.main, checks.load
 
     def noted(run, loaded):
         resumed.append(run.resume)
         return main(run, loaded)
     monkeypatch.setattr(sweep.heal_loop, "main", noted)
     monkeypatch.setattr(checks, "load", None)  # what runs nothing reads no model
-    sweep.main(swept.cfg)
+    sweep.main(cfg)
     assert resumed == []
 
     monkeypatch.setattr(checks, "load", load)
-    cut = swept.arms["kl_rev_rmse"][0].out
+    cut = cfg.out / "kl_rev_rmse_s0"
     before = contents(cut)
     (cut / "round_1").rename(cut / "round_1.tmp")  # killed before the rename that finishes it
-    sweep.main(replace(swept.cfg, only=cut.name))
+    sweep.main(replace(cfg, only=cut.name))
     assert resumed == [cut] and contents(cut) == before
 
 
 @pytest.mark.slow
-def test_an_arm_killed_while_it_forked_begins_again(swept, tmp_path, monkeypatch):
-    trunk = swept.arms["nll"][0].out
-    arm = replace(swept.arms["kl_rev_rmse"][0], out=tmp_path / "arm", fork=trunk)
-    write = runs.write_text
-
-    def killed(path, text):
-        if path.name == "config.json":  # which comes after the copying
-            raise KeyboardInterrupt
-        write(path, text)
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "write_text", killed)
-        with pytest.raises(KeyboardInterrupt):
-            heal_loop.main(arm)
-    assert not sweep.is_finished(arm) and list(arm.out.rglob("kept.jsonl"))
-    with runs.begin(arm, "arm", heal_loop.HEALING) as run:
-        assert run.rounds_done == 0 and run.find("forked", -1)["run"] == trunk.name
-    forked = contents(arm.out / "forked_round_0")
-    assert all(forked[name] == (trunk / "round_0" / name).read_bytes() for name in SHARED)
-
-
-@pytest.mark.slow
 def test_a_folder_of_other_settings_is_not_taken_for_finished(swept, settings):
-    other = replace(swept.cfg, run=replace(settings, lr=1e-3))
+    other = replace(swept[0], run=replace(settings, lr=1e-3))
     with pytest.raises(ValueError, match="--lr 0.001 was 0.009 when .*; fix: another --out"):
         sweep.main(other)
 
