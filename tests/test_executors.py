@@ -1,4 +1,5 @@
 """Where a sweep's runs are made: a process each, one at a time on each GPU, or jobs of SLURM."""
+import json
 import os
 import sys
 from dataclasses import replace
@@ -6,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import python
+from conftest import ROOT, python
 from tools import sweep
 
 
@@ -90,10 +91,16 @@ def test_jobs_are_cancelled_when_the_sweep_is_interrupted(tmp_path, monkeypatch)
 
 def flags(model, folder):
     """A sweep of two arms; a random model is below the coherence floor, so one round is all."""
-    return ["--model", model, "--out", folder / "sweep", "--records", folder / "records", *(
-        "--reg nll kl_rev --agg rmse --seeds 0 --alone 2 --rounds 1 --n-keep 6 --epochs 1 "
-        "--max-new-tokens 12 --n-vignettes 14 --batch-size 2 --n-contexts 4 --max-perplexity 1e9 "
-        "--min-diversity 0 --max-repetition 1 --dtype float32 --lam 100 --tau 0").split()]
+    trait = json.loads((ROOT / "data" / "traits" / "care.json").read_text(encoding="utf-8"))
+    controls = [{"prompt": "2 + 2 =", "toward": " 4", "away": f" {n}"} for n in (5, 6)]
+    file = folder.parent / "few.json"
+    file.write_text(json.dumps(trait | {"heldout": trait["heldout"][:2], "controls": controls}))
+    return ["--model", model, "--trait", file, "--out", folder / "sweep",
+            "--records", folder / "records", *(
+                "--reg nll kl_rev --agg rmse --seeds 0 --alone 2 --rounds 1 --n-keep 6 --epochs 1 "
+                "--max-new-tokens 12 --n-vignettes 7 --batch-size 2 --n-contexts 4 --dtype float32 "
+                "--max-perplexity 1e9 --min-diversity 0 --max-repetition 1 --lam 100 --tau 0"
+            ).split()]
 
 
 def swept(model, folder, *more):
