@@ -23,7 +23,8 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from common import runs
-from evaluate import COHERENCE_FLOOR, MIN_SHIFT, NATS
+from common.texts import NATS
+from evaluate import COHERENCE_FLOOR, MIN_SHIFT
 from tools.sweep import Record, load
 
 LEVELS = (1, 2, 3, 5)  # nats of Δtrait at which arms are compared

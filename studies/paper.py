@@ -135,6 +135,7 @@ def recipe(config: dict) -> list:
 
 
 def main(cfg: Config) -> None:
+    cfg.out.parent.mkdir(parents=True, exist_ok=True)
     sweeps = Sweeps(cfg.records, cfg.out.parent)
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent),
                                    undefined=jinja2.StrictUndefined, trim_blocks=True,

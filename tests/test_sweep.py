@@ -1,22 +1,103 @@
 """The sweep on a tiny random model: which arms there are, what they share, what is run again."""
+import json
+import math
 import shutil
 import sys
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 import evaluate
-from studies import frontier
 import heal_loop
 import lora
-from common import models
-from tools import plot
-from common import runs
-from tools import sweep
+from common import checks, runs
+from studies import frontier
+from tools import plot, sweep
 
-SHARED = ("vector.safetensors", "sampled.jsonl", "kept.jsonl")  # of a round, all before its healing
+
+def config(tmp_path, **changes):
+    """A sweep of one arm and one seed."""
+    return replace(sweep.Config(reg=("nll",), agg=("rmse",), seeds=(0,), out=tmp_path / "sweep",
+                                records=tmp_path / "records"), **changes)
+
+
+# ---- the arms -----------------------------------------------------------------------------------
+
+
+def test_every_combination_that_makes_sense_is_an_arm_once(tmp_path):
+    arms = sweep.arms(config(tmp_path, reg=("nll", "kl_fwd", "kl_rev", "wd", "nll"),
+                             agg=("mean", "rmse"), seeds=(0, 1, 2)))
+    assert list(arms) == ["nll", "kl_fwd_mean", "kl_fwd_rmse", "kl_rev_mean", "kl_rev_rmse", "wd"]
+    assert all([run.seed for run in of_arm] == [0, 1, 2] for of_arm in arms.values())
+    assert len({run.out for run in sum(arms.values(), [])}) == 18
+
+
+def test_only_what_varies_and_has_an_effect_names_an_arm(tmp_path):
+    arms = sweep.arms(config(
+        tmp_path, reg=("nll", "wd"), tau=(0.05, 0.2), weight_decay=(10, 100), lr=(1e-4, 3e-4),
+        teacher=("steered", "prompted"), doses=("0", "1,2")))
+    ways = ("steered_dose0", "steered_dose1+2", "prompted")
+    assert set(arms) == {f"{reg}_{way}{decay}_lr{lr}" for way in ways for lr in (0.0001, 0.0003)
+                         for reg, decay in (("nll", ""), ("wd", "_decay10"), ("wd", "_decay100"))}
+    run, = arms["wd_steered_dose1+2_decay10_lr0.0003"]
+    assert (run.reg, run.doses, run.weight_decay, run.lr) == ("wd", (1, 2), 10, 3e-4)
+
+
+@pytest.mark.parametrize("name, values, arms", [
+    ("ref", ("prev", "good"), "refprev refgood"), ("dose_nats", ("0.5", "1,2"), "nats0.5 nats1+2"),
+    ("tau", (0.05, 1.0), "tau0.05 tau1"), ("lam", (1.0, 4.0), "lam1 lam4"),
+    ("epochs", (1, 3), "epochs1 epochs3"), ("rank", (16, 64), "rank16 rank64"),
+    ("trait", ("care", "authority"), "care authority"),
+    ("teacher", ("steered", "prompted"), "steered prompted"),
+    ("targets", ("samples", "soft"), "samples soft"), ("top_k", (0, 64), "k0 k64"),
+    ("top_p", (0.95, 1.0), "p0.95 p1"), ("max_perplexity", (15.0, 1e9), "ppl15 ppl1e+09")])
+def test_every_flag_that_may_vary_makes_arms(tmp_path, name, values, arms):
+    by_arm = sweep.arms(config(tmp_path, reg=("kl_rev",), **{name: values}))
+    assert list(by_arm) == [f"kl_rev_rmse_{arm}" for arm in arms.split()]
+    if name != "dose_nats":
+        assert [getattr(run, name) for run, in by_arm.values()] == list(values)
+
+
+def test_every_flag_of_the_loop_holds_for_all_arms(monkeypatch):
+    configs = []
+
+    def main(cfg):
+        configs.append(cfg)
+    monkeypatch.setattr(sys, "argv", (
+        "sweep.py --reg nll kl_rev --tau 0.7 --seeds 3 4 --doses 0 1,2.5 --agg max --top-k 0 "
+        "--out x --rounds 5 --baselines --executor slurm --executor here").split())
+    runs.cli(sweep.Config, main, rest="run")
+    [cfg] = configs
+    assert (cfg.reg, cfg.seeds, cfg.executor) == (("nll", "kl_rev"), (3, 4), "here")
+    every = sum(sweep.arms(cfg).values(), [])
+    assert [run.doses for run in every] == [(0,), (0,), (1, 2.5), (1, 2.5)] * 2
+    for run in every:
+        assert (run.tau, run.top_k, run.rounds, run.baselines) == (0.7, 0, 5, True)
+        assert run.n_keep == heal_loop.Config.n_keep and run.resume is None and run.fork is None
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"lr": (1e-4, 7)}, "--lr 7"), ({"seeds": ()}, "--seeds is empty; fix: give at least one"),
+    ({"doses": ("1,x",)}, "--doses 1,x is malformed; fix: "),
+    ({"run": heal_loop.Config(seed=3)}, "--seed is a single run's; fix: ")])
+def test_flags_that_make_no_sweep_are_named(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        sweep.arms(config(tmp_path, **changes))
+
+
+def test_arms_share_round_0_unless_they_differ_before_healing(tmp_path):
+    cfg = config(tmp_path, reg=("nll", "kl_rev"), teacher=("steered", "prompted"), seeds=(0, 1),
+                 top_k=(0, 64), top_p=(0.95, 1.0), targets=("samples", "soft"), epochs=(1, 3))
+    groups = {}
+    for run in sum(sweep.arms(cfg).values(), []):
+        key = (run.teacher, run.top_k, run.top_p, run.seed)
+        groups.setdefault(sweep.upstream(run), []).append(key)
+    assert len(groups) == 16
+    assert all(len(set(keys)) == 1 and len(keys) == 8 for keys in groups.values())
+
+
+# ---- the runs -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -28,33 +109,24 @@ def settings(tiny_folder):
         rounds=2, tau=0.0, lam=100.0, lr=0.009)
 
 
-def config(settings, tmp_path, **changes):
-    """A sweep of two arms and two seeds."""
-    cfg = sweep.Config(reg=("nll", "kl_rev"), agg=("rmse",), seeds=(0, 1), alone=(2.0,),
-                       out=tmp_path / "sweep", table=tmp_path / "arms.md", run=settings)
-    return replace(cfg, **changes)
-
-
-class Swept(NamedTuple):
-    """A finished sweep."""
-    cfg: sweep.Config
-    arms: dict[str, list[heal_loop.Config]]
-    loaded: list  # every (model, tokenizer) that was read from disk
-
-
 @pytest.fixture(scope="module")
 def swept(settings, tmp_path_factory):
-    """Tests leave it as they found it."""
-    cfg, loaded, load = config(settings, tmp_path_factory.mktemp("swept")), [], models.load
+    """A finished sweep of two arms: its config and the model. Tests leave it as they found it."""
+    cfg = config(tmp_path_factory.mktemp("swept"), reg=("nll", "kl_rev"), alone=(2.0,),
+                 run=settings)
+    loaded, load = [], checks.load
 
     def noted(*which):
         loaded.append(load(*which))
         return loaded[-1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "COHERENCE_FLOOR", 0.0)  # a random model has no coherence to lose
-        patch.setattr(models, "load", noted)
+        patch.setattr(checks, "load", noted)
+        patch.setattr(sys, "argv", ["sweep.py", "--reg", "nll", "kl_rev"])
         sweep.main(cfg)
-    return Swept(cfg, sweep.arms(cfg), loaded)
+    [(model, chat)] = loaded  # read once
+    assert not lora.is_attached(model)
+    return cfg, (model, chat)
 
 
 @pytest.fixture
@@ -62,111 +134,60 @@ def no_floor(monkeypatch):
     monkeypatch.setattr(evaluate, "COHERENCE_FLOOR", 0.0)
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """For tests that look at numbers alone: drawing takes as long as a tiny run."""
-    monkeypatch.setattr(plot, "draw", runs.read_events)
-
-
-def untimed(file):
-    """The events of a file without their times, and without the note of a fork."""
-    events = [e for e in runs.read_jsonl(file) if e["stage"] != "forked"]
-    return [{key: value for key, value in e.items() if key != "seconds"} for e in events]
-
-
 def contents(folder):
-    """{path: content} of every file of a run, or of a round, but the lock."""
+    """{path: content} of every file of a run but the lock; events without times and forks."""
     found = {}
     for file in folder.rglob("*"):
-        if file.is_file() and file.name != "lock":
-            content = untimed(file) if file.name == "events.jsonl" else file.read_bytes()
-            found[str(file.relative_to(folder))] = content
+        if file.name == "events.jsonl":
+            found[str(file.relative_to(folder))] = [
+                {k: v for k, v in e.items() if k != "seconds"}
+                for e in runs.read_jsonl(file) if e["stage"] != "forked"]
+        elif file.is_file() and file.name != "lock":
+            found[str(file.relative_to(folder))] = file.read_bytes()
     return found
 
 
-# ---- the flags ----------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_a_sweep_leaves_whole_runs_records_and_a_page(swept, tmp_path):
+    cfg, _ = swept
+    folder = cfg.records / "sweep"
+    by_name = {run.name: run for run in sweep.load(folder)}
+    assert list(by_name) == ["alone", "kl_rev_rmse_s0", "nll_s0"]
+    for run in sum(sweep.arms(cfg).values(), []):
+        assert sweep.is_finished(run) and (run.out / "report.html").exists()
+        record, events = by_name[run.out.name], runs.read_events(run.out)
+        settings = json.loads((run.out / "config.json").read_text(encoding="utf-8"))
+        labels = {"arm": run.out.name[:-3], "command": "--reg nll kl_rev"}
+        assert record.config == settings | labels and len(record.events) == len(events)
+        for kept, event in zip(record.events, events):
+            assert (kept["stage"], kept["round"]) == (event["stage"], event["round"])
+            for name, value in event.items():
+                if isinstance(value, float):
+                    assert math.isclose(kept[name], value, rel_tol=1e-5)
+            assert not {"texts", "profile", "log"} & kept.keys()
+            if "profile" in event:
+                assert kept["axis"] == "auth_nats" and kept["n"] == 7
+                assert np.allclose(kept["spread"], event["profile"]["spread"]["auth_nats"])
+                assert {"perplexity", "drift", "entropy", "ended", "repetition", "text_nats",
+                        "control_nats", "care_nats", "coherence"} <= kept.keys()
+    assert all(file.stat().st_size < 12000 for file in folder.iterdir())
 
-
-def test_every_combination_that_makes_sense_is_an_arm_once():
-    cfg = sweep.Config(reg=("nll", "kl_fwd", "kl_rev", "wd", "nll"), agg=("mean", "rmse"),
-                       seeds=(0, 1, 2))
-    arms = sweep.arms(cfg)
-    assert list(arms) == ["nll", "kl_fwd_mean", "kl_fwd_rmse", "kl_rev_mean", "kl_rev_rmse", "wd"]
-    assert all([run.seed for run in of_arm] == [0, 1, 2] for of_arm in arms.values())
-    assert len({run.out for of_arm in arms.values() for run in of_arm}) == 18
-    assert {(run.reg, run.agg) for run in arms["kl_fwd_mean"]} == {("kl_fwd", "mean")}
-
-
-def parsed(monkeypatch, *argv):
-    """The sweep.Config of a command line."""
-    given = []
-
-    def main(cfg):
-        given.append(cfg)
-    monkeypatch.setattr(sys, "argv", ["sweep.py", *argv])
-    runs.cli(sweep.Config, main, rest="run")
-    return given[0]
-
-
-def test_every_flag_of_the_loop_works_and_holds_for_all_arms(monkeypatch):
-    cfg = parsed(monkeypatch, *("--reg nll kl_rev --tau 0.7 --seeds 3 4 --doses 1,2.5,3 --agg max "
-                                "--out x --rounds 5 --baselines").split())
-    assert (cfg.reg, cfg.agg, cfg.seeds) == (("nll", "kl_rev"), ("max",), (3, 4))
-    every = [run for of_arm in sweep.arms(cfg).values() for run in of_arm]
-    assert len(every) == 4
-    for run in every:
-        assert (run.tau, run.doses, run.rounds, run.baselines) == (0.7, (1, 2.5, 3), 5, True)
-        assert run.n_keep == heal_loop.Config.n_keep and run.resume is None and run.fork is None
-
-
-def test_flags_that_leave_nothing_to_run_are_named():
-    for name in ("reg", "agg", "seeds"):
-        with pytest.raises(ValueError, match=f"--{name} is empty; fix: give at least one"):
-            sweep.arms(sweep.Config(**{name: ()}))
-
-
-# ---- the runs -----------------------------------------------------------------------------------
+    frontier.main(frontier.Config(folder, tmp_path / "arms.md"))
+    base, *_, last = [e for e in events if e["stage"] in ("base", "healed")]
+    page = (tmp_path / "arms.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines()]
+    [row] = [row for row in rows if row[1:3] == [record.config["arm"], "1"]]
+    assert row[5] == f"{base['auth_nats'] - last['auth_nats']:.2f}" and "least wording" in page
 
 
 @pytest.mark.slow
-def test_a_sweep_leaves_whole_run_folders_and_a_table(swept):
-    for of_arm in swept.arms.values():
-        for run in of_arm:
-            assert sweep.is_finished(run) and (run.out / "report.html").exists()
-    said = swept.cfg.table.read_text()
-    after_last = said[said.index("## After the last round"):said.index("Slope:")]
-    lines = {line.split("|")[1].strip(): line for line in after_last.splitlines() if "|" in line}
-    assert {"nll", "kl_rev_rmse"} <= set(lines) and "nan" not in said
-    assert "steering alone, dose 2" in said and "persona prompt" in said
-    assert "`python -m tools.sweep --reg nll kl_rev --agg rmse --seeds 0 1 --rounds 2 " in said
-    assert str(swept.cfg.out.parent) not in said
-    assert lines["nll"].split("|", 2)[2] != lines["kl_rev_rmse"].split("|", 2)[2]
-    shifts = []
-    for run in swept.arms["nll"]:
-        base, *points = plot.measured(runs.read_events(run.out))
-        healed = [p.profile for p in points if p.stage == "healed"]
-        shifts.append(base.profile.value("auth_nats") - healed[-1].value("auth_nats"))
-    assert lines["nll"].split("|")[3].strip() == f"{np.mean(shifts):.2f}"
-
-
-@pytest.mark.slow
-def test_the_page_is_remade_from_the_records_alone(swept, tmp_path):
-    table, records = swept.cfg.table, swept.cfg.table.parent / "runs" / "sweep"
-    assert sorted(p.stem for p in records.iterdir()) == [
-        "alone", "kl_rev_rmse_s0", "kl_rev_rmse_s1", "nll_s0", "nll_s1"]
-    frontier.main(frontier.Config(records, tmp_path / "arms.md"))
-    assert (tmp_path / "arms.md").read_text() == table.read_text()
-    assert (tmp_path / "arms.png").read_bytes() == table.with_suffix(".png").read_bytes()
-
-
-@pytest.mark.slow
-def test_another_dose_of_steering_alone_is_measured_and_the_others_are_not_again(swept,
-                                                                                 tmp_path):
-    alone = sweep.references(swept.cfg, swept.arms["nll"][0])
+def test_only_a_new_dose_of_steering_alone_is_measured(swept, tmp_path):
+    cfg, loaded = swept
+    alone = sweep.references(cfg, sweep.arms(cfg)["nll"][0])
     alone = replace(alone, out=shutil.copytree(alone.out, tmp_path / "alone"))
     before = runs.read_events(alone.out)
     assert sweep.doses_left(alone, (2.0, 2.0)) == [] and sweep.doses_left(alone, (1, 2)) == [1]
-    sweep.steer_alone(alone, (1.0, 2.0), swept.loaded[0])
+    sweep.steer_alone(alone, (1.0, 2.0), loaded)
     *same, new = runs.read_events(alone.out)
     assert same == before and (new["stage"], new["dose"]) == ("alone", 1.0)
     steered = next(e for e in before if e["stage"] == "alone")
@@ -174,103 +195,54 @@ def test_another_dose_of_steering_alone_is_measured_and_the_others_are_not_again
 
 
 @pytest.mark.slow
-def test_arms_of_a_seed_share_round_0_to_the_byte_and_seeds_do_not(swept):
-    nll, kl = swept.arms["nll"], swept.arms["kl_rev_rmse"]
-    for name in SHARED:
-        ours, theirs, other_seed = ((run.out / "round_0" / name).read_bytes()
-                                    for run in (kl[0], nll[0], nll[1]))
-        assert ours == theirs
-        assert ours != other_seed or name == "vector.safetensors"  # nothing drawn goes into it
-    common = []  # the times of the events included: they were copied, not made again
-    for run in (nll[0], kl[0]):
-        common.append([e for e in runs.read_events(run.out) if e["stage"] == "base" or (
-            e["round"] == 0 and e["stage"] in ("extract", "distil", "steered"))])
-    assert common[0] == common[1] and len(common[0]) == 4
-
-
-@pytest.mark.slow
-def test_an_arm_that_forked_ends_in_the_bytes_of_one_that_ran_alone(swept, tmp_path, no_floor):
-    forked = swept.arms["kl_rev_rmse"][1]
+def test_a_forked_arm_ends_in_the_bytes_of_one_alone(swept, tmp_path, no_floor):
+    forked, = sweep.arms(swept[0])["kl_rev_rmse"]
     heal_loop.main(replace(forked, out=tmp_path / "alone"))
     a, b = contents(forked.out), contents(tmp_path / "alone")
     assert a.keys() == b.keys() and [name for name in a if a[name] != b[name]] == []
 
 
 @pytest.mark.slow
-def test_the_model_is_read_once_and_handed_out_clean(swept, settings):
-    (model, _), = swept.loaded
-    assert not hasattr(model, "lora_config")
-    ours = model.state_dict()
-    theirs = models.load(settings.model, "cpu", "float32")[0].state_dict()
-    assert ours.keys() == theirs.keys()
-    assert all((value == theirs[key]).all() for key, value in ours.items())
-
-
-@pytest.mark.slow
-def test_a_second_call_runs_nothing_and_a_cut_run_goes_on_alone(swept, monkeypatch, no_floor):
-    ran, main, load = [], heal_loop.main, models.load
+def test_a_second_call_makes_only_what_is_missing(swept, monkeypatch, no_floor):
+    cfg, resumed, main, load = swept[0], [], heal_loop.main, checks.load
 
     def noted(run, loaded):
-        ran.append(run.resume)
+        resumed.append(run.resume)
         return main(run, loaded)
     monkeypatch.setattr(sweep.heal_loop, "main", noted)
-    monkeypatch.setattr(models, "load", None)  # what runs nothing reads no model
-    table = swept.cfg.table.read_text()
-    sweep.main(swept.cfg)
-    assert ran == [] and swept.cfg.table.read_text() == table
+    monkeypatch.setattr(checks, "load", None)  # what runs nothing reads no model
+    sweep.main(cfg)
+    assert resumed == []
 
-    monkeypatch.setattr(models, "load", load)
-    cut = swept.arms["kl_rev_rmse"][0].out
+    monkeypatch.setattr(checks, "load", load)
+    cut = cfg.out / "kl_rev_rmse_s0"
     before = contents(cut)
     (cut / "round_1").rename(cut / "round_1.tmp")  # killed before the rename that finishes it
-    sweep.main(swept.cfg)
-    assert ran == [cut] and contents(cut) == before
-
-
-@pytest.mark.slow
-def test_an_arm_that_was_killed_while_it_forked_begins_again(swept, tmp_path, monkeypatch):
-    trunk = swept.arms["nll"][0].out
-    arm = replace(swept.arms["kl_rev_rmse"][0], out=tmp_path / "arm", fork=trunk)
-
-    write = runs.write_text
-
-    def killed(path, text):
-        if path.name == "config.json":  # which comes after the copying
-            raise KeyboardInterrupt
-        write(path, text)
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "write_text", killed)
-        with pytest.raises(KeyboardInterrupt):
-            heal_loop.main(arm)
-    assert not sweep.is_finished(arm) and list(arm.out.rglob("kept.jsonl"))
-    with runs.begin(arm, "arm", heal_loop.HEALING) as run:
-        assert run.rounds_done == 0 and run.find("forked", -1)["run"] == trunk.name
-    forked = contents(arm.out / "forked_round_0")
-    for name in SHARED:
-        assert forked[name] == (trunk / "round_0" / name).read_bytes()
-    assert {p.name for p in arm.out.iterdir()} == {
-        "config.json", "events.jsonl", "forked_round_0", "lock"}
+    sweep.main(replace(cfg, only=cut.name))
+    assert resumed == [cut] and contents(cut) == before
 
 
 @pytest.mark.slow
 def test_a_folder_of_other_settings_is_not_taken_for_finished(swept, settings):
-    other = replace(swept.cfg, run=replace(settings, lr=1e-3))
+    other = replace(swept[0], run=replace(settings, lr=1e-3))
     with pytest.raises(ValueError, match="--lr 0.001 was 0.009 when .*; fix: another --out"):
         sweep.main(other)
 
 
 @pytest.mark.slow
-def test_an_arm_that_starves_is_on_record_and_the_others_go_on(settings, tmp_path, no_pictures):
-    starving = replace(settings, max_perplexity=1.001, rounds=1, n_keep=2)
-    cfg = config(starving, tmp_path, seeds=(0,), alone=())
+def test_an_arm_that_keeps_too_few_is_a_result(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "draw", runs.read_events)  # drawing takes as long as a tiny run
+    too_few = replace(settings, max_perplexity=1.001, rounds=1, n_keep=2)
+    cfg = config(tmp_path, reg=("nll", "kl_rev"), alone=(), run=too_few)
     sweep.main(cfg)
-    said = cfg.table.read_text()
-    for arm in ("nll", "kl_rev_rmse"):
-        assert f"- {arm}_s0, round 0: data starved" in said
-    assert all(sweep.is_finished(run) for of_arm in sweep.arms(cfg).values() for run in of_arm)
+    for run in sweep.load(cfg.records / "sweep"):
+        ended, = run.of("ended")
+        assert "too few completions kept" in ended["why"] and ended["round"] == 0
+    with pytest.raises(ValueError, match="finished a round; fix: "):
+        frontier.main(frontier.Config(cfg.records / "sweep", tmp_path / "arms.md"))
 
 
-def test_the_next_run_gets_the_plain_model_also_after_a_failure(embedded, tmp_path, monkeypatch):
+def test_the_next_run_gets_the_plain_model_after_a_failure(embedded, tmp_path, monkeypatch):
     run = heal_loop.Config(out=tmp_path / "run")
 
     def fails(run, loaded):
@@ -279,4 +251,4 @@ def test_the_next_run_gets_the_plain_model_also_after_a_failure(embedded, tmp_pa
     monkeypatch.setattr(sweep.heal_loop, "main", fails)
     with pytest.raises(OSError, match="disk full"):
         sweep.run_arm(run, run, embedded)
-    assert not hasattr(embedded[0], "lora_config")
+    assert not lora.is_attached(embedded[0])
