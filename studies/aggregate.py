@@ -7,7 +7,7 @@ them, they say what the mean says.
 
     matched τ = --tau times the median over completions of (this aggregation / --agg)
 
-    python -m studies.aggregate runs/eight/nll_s? runs/eight/kl_rev_rmse_s? --at 3    # half a minute a run
+    python -m studies.aggregate runs/eight/nll_s? runs/eight/kl_rev_rmse_s? --at 3  # aggregate.md
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +85,7 @@ def main(cfg: Config) -> None:
                      *(f"{tau:.2f}" for tau in matched(D, cfg.agg, cfg.tau).values())])
 
     # 2. write
-    text = f"""# What each aggregation sees
+    publish(f"""# What each aggregation sees
 
 `python -m studies.aggregate {" ".join(f"runs/{name}" for name in names)} --at {cfg.at} \
 --agg {cfg.agg} --tau {cfg.tau:g}`
@@ -99,8 +99,7 @@ as {cfg.tau:g} of {cfg.agg} on the median completion.
 
 {markdown(rows, ["run", "completions", "mean", "rmse / mean", "p95 / mean", "max / mean", "top 5%",
                  *(f"τ, {agg}" for agg in AGGS)])}
-"""
-    publish(text, cfg.out / "aggregate.md")
+""", cfg.out / "aggregate.md")
 
 
 if __name__ == "__main__":

@@ -35,9 +35,11 @@ from common.readouts import ANSWER, BECAUSE, LETTERS, OPTIONS, cloze
 from common.sampling import sample
 from heal_loop import aggregate, heal_round, kl_per_token
 from steer import SteeringVector, band, extract_vector, left_pad
-from studies.tables import markdown
+from studies.tables import markdown, ran_on
 
 REPEATS = 3
+COMPLETIONS = 9  # healed on: one is held out, the others are the batch of a step
+VIGNETTES = 7  # asked about, one of each foundation
 BEYOND = 2**30  # a token that no model has
 SAMPLER = dict(temperature=1.0, top_k=64, top_p=0.95)
 
@@ -47,10 +49,8 @@ class Config:
     model: str = models.EMBEDDED  # smollm2, a local folder, or a hub id
     device: str = "auto"  # auto, cuda, mps or cpu
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bf16 where native
-    rows: tuple[int, ...] = (1, 32, 96, 192)  # completions decoded at once
+    rows: tuple[runs.AtLeast1, ...] = (1, 32, 96, 192)  # completions decoded at once
     tokens: runs.AtLeast2 = 64  # of each completion
-    completions: runs.AtLeast2 = 18  # healed on, an eighth of which is held out
-    n_vignettes: runs.AtLeast1 = 7  # asked about
 
 
 # ---- the alternatives: sampling ------------------------------------------------------------------
@@ -110,10 +110,7 @@ def full_logits_loss(model, original, prompts, completions,
 
 
 def peft_round(model, chat, kept: list[dict], cfg: heal_loop.Config) -> None:
-    """`heal_loop.heal_round` in PEFT: the same completions, batch size and steps.
-
-    Without the losses on what is held out, which ours measures too.
-    """
+    """`heal_loop.heal_round` in PEFT: the same steps, without the losses on what is held out."""
     train = [distil.row_ids(chat, row) for row in kept[max(1, len(kept) // 8):]]
     train.sort(key=lambda pair: len(pair[0]))
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -192,10 +189,10 @@ def operations(step) -> tuple[int, int]:
     return len(top), sum("Launch" in e.name for e in events)
 
 
-def operations_per_step(run, few: int, many: int, steps: int = 1) -> str:
-    """`1,234`, on a GPU `1,234, 567 launches`. run(n) is n times that many steps, and a start."""
+def operations_per_step(run, few: int, many: int) -> str:
+    """`1,234`, on a GPU `1,234, 567 launches`: of a step, where run(n) is a start and n steps."""
     first, second = operations(partial(run, few)), operations(partial(run, many))
-    top, launches = ((b - a) / (steps * (many - few)) for a, b in zip(first, second))
+    top, launches = ((b - a) / (many - few) for a, b in zip(first, second))
     return f"{top:,.0f}" + f", {launches:,.0f} launches" * torch.cuda.is_available()
 
 
@@ -275,14 +272,14 @@ class Bench:
     def decode(self, rows: int) -> tuple[list[float], list[str]]:
         tokens, sides = self.cfg.tokens, (partial(self.sample, rows), partial(self.generate, rows))
         seconds = medians(f"{rows} rows", *(partial(side, tokens) for side in sides))
-        counts = [operations_per_step(side, tokens // 2, tokens) for side in sides]
+        is_first = rows == self.cfg.rows[0]  # more rows take as many operations
+        counts = [operations_per_step(side, 4, 8) if is_first else "" for side in sides]
         floor = bytes_read(self.plain, self.prompts(rows), tokens) / self.bandwidth
         return seconds, [f"{rows * tokens / seconds[0]:,.0f}", f"{floor / seconds[0]:.0%}", *counts]
 
     def heal(self) -> tuple[list[float], list[str]]:
-        n = self.cfg.completions
-        kept = []
-        for text, tokens in zip(cycle(self.reading.train), self.sample(n, self.cfg.tokens)):
+        kept, completions = [], self.sample(COMPLETIONS, self.cfg.tokens)
+        for text, tokens in zip(self.reading.train, completions):
             contents = {"system": NEUTRAL, "user": text, "assistant": self.chat.decode(tokens)}
             messages = [{"role": role, "content": words} for role, words in contents.items()]
             kept.append({"messages": messages, "tokens": tokens})
@@ -294,15 +291,15 @@ class Bench:
         def other(epochs):
             peft_round(rival, self.chat, kept, replace(self.loop, epochs=epochs))
 
-        steps = -(-(n - max(1, n // 8)) // self.loop.batch_size)  # of an epoch
         seconds = medians("heal", *(partial(side, self.loop.epochs) for side in (ours, other)))
-        return seconds, ["", "", *(operations_per_step(side, 1, 2, steps) for side in (ours, other))]
+        return seconds, ["", "", *(operations_per_step(side, 1, 2) for side in (ours, other))]
 
     def evaluate(self) -> tuple[list[float], list[str]]:
-        vignettes = self.reading.vignettes[:self.cfg.n_vignettes]
+        vignettes = self.reading.vignettes[:VIGNETTES]
         wordings = [words for of_one in texts.load_clauses().values() for words in of_one]
-        seconds = medians("evaluation", lambda: cloze(self.student, self.chat, vignettes),
-                          lambda: clause_by_clause(self.plain, self.chat, vignettes, wordings))
+        with lora.gates(self.student, history=1, live=0):
+            seconds = medians("evaluation", partial(cloze, self.student, self.chat, vignettes),
+                              partial(clause_by_clause, self.plain, self.chat, vignettes, wordings))
         return seconds, [""] * 4
 
 
@@ -313,27 +310,27 @@ def main(cfg: Config) -> None:
     # 1. measure
     model, chat = checks.load(cfg.model, cfg.device, cfg.dtype)
     bench = Bench(model, chat, cfg)
-    decoded = [bench.decode(n) for n in cfg.rows]
-    heal, evaluation = bench.heal(), bench.evaluate()
-    table = {f"decode {n} × {cfg.tokens} tokens, steered; `model.generate` with hooks": step
-             for n, step in zip(cfg.rows, decoded)}
-    table[f"heal, {cfg.completions} × {cfg.tokens} tokens; PEFT, whole logits"] = heal
-    table[f"evaluation, {cfg.n_vignettes} vignettes; one forward per clause"] = evaluation
+    steps = [(f"decode {n} × {cfg.tokens} tokens, steered; `model.generate` with hooks",
+              *bench.decode(n)) for n in cfg.rows]
+    steps.append((f"heal, {bench.loop.epochs} steps of {COMPLETIONS - 1} × {cfg.tokens} tokens; "
+                  "PEFT, whole logits", *bench.heal()))
+    steps.append((f"evaluation, {VIGNETTES} vignettes; one forward per clause", *bench.evaluate()))
 
     # 2. a default round, in proportion
-    loop = bench.loop
-    seconds = [2 * loop.n_keep / cfg.rows[-1] * sampled + loop.n_keep / cfg.completions * healed
-               + 2 * loop.n_vignettes / cfg.n_vignettes * evaluated
-               for sampled, healed, evaluated in zip(decoded[-1][0], heal[0], evaluation[0])]
-    table[f"a round: {2 * loop.n_keep} sampled, {loop.n_keep} healed on, two evaluations of "
-          f"{loop.n_vignettes} vignettes, from the rows above"] = seconds, [""] * 4
+    n_keep, n_vignettes = bench.loop.n_keep, bench.loop.n_vignettes
+    decoded, healed, evaluated = (seconds for _, seconds, _ in steps[-3:])
+    seconds = [2 * n_keep / cfg.rows[-1] * decoded[k] + n_keep / COMPLETIONS * healed[k]
+               + 2 * n_vignettes / VIGNETTES * evaluated[k] for k in (0, 1)]
+    steps.append((f"a round: {2 * n_keep} decoded, {n_keep} healed on, two evaluations of "
+                  f"{n_vignettes} vignettes, from the rows above", seconds, [""] * 4))
 
     # 3. write
-    rows = [[step, f"{ours:.2f}", f"{other:.2f}", f"{other / ours:.2f}", *cells]
-            for step, ((ours, other), cells) in table.items()]
-    print(f"`python -m studies.bench` on {runs.machine(str(model.device))}, {cfg.model} in "
-          f"{str(model.dtype).removeprefix('torch.')};\nmedians of {REPEATS} alternating repeats in "
-          f"one process; a copy reads and writes {bench.bandwidth / 1e9:,.0f} GB/s.\n")
+    rows = [[name, f"{ours:.2f}", f"{other:.2f}", f"{other / ours:.2f}", *cells]
+            for name, (ours, other), cells in steps]
+    flags = f"--rows {' '.join(map(str, cfg.rows))} --tokens {cfg.tokens}"
+    print(f"`python -m studies.bench {flags}` · {ran_on(model)} · {runs.machine(cfg.device)} · "
+          f"medians of {REPEATS} alternating repeats in one process · a copy reads and writes "
+          f"{bench.bandwidth / 1e9:,.0f} GB/s\n")
     print(markdown(rows, ["ours; the other", "ours (s)", "other (s)", "ratio", "ours, tok/s",
                           "floor / ours", "operations a step", "the other's"]))
 

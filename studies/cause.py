@@ -56,7 +56,7 @@ def shift(model, prompts: list[list[int]], layers: list[int]) -> SteeringVector:
 
 def trait_changes(model, chat, cfg: heal_loop.Config) -> dict[str, float]:
     """Δtrait of six models from the original, in the trait's own direction, nats. cfg: the run's"""
-    reading = replace(texts.read(cfg), controls=[])
+    reading = replace(texts.read(cfg), controls=[])  # they are no part of the trait
     prompts = [chat.ids(context) for context in reading.contexts]
     s = shift(model, prompts, band(model, cfg.steer_layers)[-1:])
     [(layer, v)] = s.layers.items()
@@ -113,7 +113,7 @@ def main(cfg: Config) -> None:
     rows.append(["all", *(over_seeds([c[name] for c in by_run], 2) for name in by_run[0])])
     over_runs = [[name, over_seeds([shares(changes)[name] for changes in by_run], 2)]
                  for name in shares(by_run[0])]
-    text = f"""# The student's shift: added to the original, taken out of the student
+    publish(f"""# The student's shift: added to the original, taken out of the student
 
 `python -m studies.cause {" ".join(folder.name for folder in cfg.run)}` · {ran_on(model)} ·
 {first.n_vignettes or "all"} vignettes · Δtrait in its own direction, nats; in brackets, from three
@@ -122,8 +122,7 @@ runs on, the 95 % t-interval over runs
 {markdown(rows, ["run", *by_run[0]])}
 
 {markdown(over_runs, ["share of the student's Δtrait", "all"])}
-"""
-    publish(text, cfg.out / "cause.md")
+""", cfg.out / "cause.md")
 
 
 if __name__ == "__main__":

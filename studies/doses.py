@@ -73,20 +73,19 @@ def main(cfg: Config) -> None:
         model, chat = checks.load(name, cfg.device, cfg.dtype)
         where.append(ran_on(model))
         for trait in tqdm(texts.load_traits(), leave=False, disable=None):
-            settings = texts.complete(heal_loop.Config(trait=trait, n_contexts=cfg.n_contexts))
+            reading = texts.read(heal_loop.Config(trait=trait, n_contexts=cfg.n_contexts))
             rows += [[models.base_name(model), trait, *row]
-                     for row in trait_rows(model, chat, texts.read(settings), cfg.dose_nats)]
+                     for row in trait_rows(model, chat, reading, cfg.dose_nats)]
 
     # 2. write
     table = markdown(rows, ["model", "trait", "nats wanted", "dose", "p95 there",
                             "p95, other prompts", "p95 at dose 1"])
-    text = f"""# Doses in nats
+    publish(f"""# Doses in nats
 
 `python -m studies.doses` · {"; ".join(where)} · {cfg.n_contexts} contexts per vector
 
 {table}
-"""
-    publish(text, cfg.out / "doses.md")
+""", cfg.out / "doses.md")
 
 
 if __name__ == "__main__":

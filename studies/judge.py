@@ -4,7 +4,7 @@
                        question, under Gemma 3 270M, the base model
 
     pip install -r requirements-dev.txt
-    python -m studies.judge runs/eight results/runs/eight       # then: python -m studies.frontier ...
+    python -m studies.judge runs/eight results/runs/eight    # then: python -m studies.frontier
 
 The original's own perplexity is what a barrier trains on; this model has no part in the training.
 Records keep no texts: they are read from the run folders.

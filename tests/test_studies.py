@@ -10,13 +10,9 @@ from common import checks, runs
 from common.texts import FOUNDATIONS
 from conftest import ROOT, command, tiny
 from distil import Rules
-from evaluate import Profile
 from steer import SteeringVector, calibrate
 from studies import aggregate, cause, doses, frontier, gemma, judge, paper, readout
 from studies import filter as filter_study
-
-FRESH = runs.read_jsonl(filter_study.FRESH)
-LABELLED = runs.read_jsonl(filter_study.LABELLED)
 
 
 def table_rows(text: str) -> dict[str, list[str]]:
@@ -35,12 +31,6 @@ def test_the_five_wordings_hold_each_of_the_five_alone():
     assert five == {f: [clauses[f][0] for clauses in alone] for f in FOUNDATIONS}
 
 
-def test_top1_counts_the_most_probable_foundation_against_the_label():
-    p = np.eye(7)[[0, 3, 3]] * 0.4 + 0.6 / 7
-    profile = Profile(["a", "b", "c"], ["Care", "Authority", "Loyalty"], p, np.ones(3))
-    assert readout.right(profile).tolist() == [True, True, False]
-
-
 @pytest.mark.slow
 def test_the_readout_study_writes_its_page(run, tiny_folder, tmp_path, monkeypatch, capsys):
     command(monkeypatch, "readout", "--model", tiny_folder, "--n-vignettes", 7, "--dose", 0,
@@ -53,15 +43,6 @@ def test_the_readout_study_writes_its_page(run, tiny_folder, tmp_path, monkeypat
 
 
 # ---- filter -------------------------------------------------------------------------------------
-
-
-def test_labelled_completions_are_distinct_and_whole():
-    read = [*LABELLED, *(row for k in (0, 1) for row in filter_study.read_by(FRESH, k))]
-    assert len(LABELLED) >= 60 and len(FRESH) >= 100
-    assert len({row["text"] for row in read}) == len(LABELLED) + len(FRESH)
-    for row in read:
-        assert all(isinstance(row[label], bool) for label in (*filter_study.LABELS, "finished"))
-        assert row["fluent"] or not row["coherent"], row["text"]
 
 
 def test_kappa_is_one_for_equal_labels_and_nought_for_chance():
@@ -135,7 +116,7 @@ def test_cause_writes_each_run_and_their_mean(run, tmp_path, monkeypatch):
     text = (tmp_path / "new/cause.md").read_text()
     rows = table_rows(text)
     assert rows[run.name] == rows["all"] and len(rows["all"]) == 6
-    assert text.count(f"| {run.name}") == 2 and str(run) not in text
+    assert len(re.findall(rf"\| {run.name} +\| [-\d]", text)) == 2 and str(run) not in text
 
 
 @torch.no_grad()
@@ -165,14 +146,6 @@ def test_aggregate_writes_a_row_for_each_run(run, tmp_path, monkeypatch):
     n, _, rmse, p95, most, top, *_ = one.replace("%", "").split("|")
     assert one == two and int(n) == 6 and str(tmp_path) not in text
     assert 1 < float(rmse) < float(most) and float(p95) < float(most) and 0 < float(top) < 100
-
-
-def test_a_matched_tau_is_as_tight_on_the_median_completion():
-    rmse = torch.tensor([0.5, 1.0, 2.0])
-    D = {"mean": rmse / 2, "rmse": rmse, "p95": 2 * rmse, "max": rmse * torch.tensor([3, 4, 9])}
-    assert aggregate.matched(D, "rmse", 0.8) == pytest.approx(
-        {"mean": 0.4, "rmse": 0.8, "p95": 1.6, "max": 3.2})
-    assert aggregate.matched(D, "mean", 0.4)["rmse"] == pytest.approx(0.8)
 
 
 # ---- judge, paper -------------------------------------------------------------------------------
