@@ -150,10 +150,10 @@ for row in kept[1:2] + dropped[:1]:  # of the dropped, the worst
 # $$\text{KL}_t = \sum_v p_t(v) \, \big(\log p_t(v) - \log q_t(v)\big) \quad \text{nats}$$
 #
 # A student that breaks often does so at a *few* tokens. We make such a student on purpose: the
-# vector at a dose of one half, but for four tokens at a dose of 11.
+# vector at a dose of one half, but for four tokens at a dose of 14.
 
 # %%
-MILD, HARD = 0.5, 11.0
+MILD, HARD = 0.5, 14.0
 
 
 @torch.no_grad()
@@ -165,7 +165,7 @@ def log_probs(states):
 # 1. one completion: 30 tokens, four broken ones, 38 more. What stands so far is the next prompt.
 pieces, states, so_far = [], [], prompt
 for dose, n in ((MILD, 30), (HARD, 4), (MILD, 38)):
-    [piece] = sample(model, chat, [so_far], vector, [dose], n, seed=1,
+    [piece] = sample(model, chat, [so_far], vector, [dose], n,
                      temperature=0 if dose == MILD else 1)
     with torch.no_grad():
         states.append(completion_states(model, [so_far], [piece], vector, dose))
@@ -245,7 +245,7 @@ axes[0].set_ylabel("share of the push");
 # stands first in the KL, which is called reverse KL (`kl_rev`).
 #
 # Only the live LoRA trains: two thin matrices A and B beside every linear layer in the middle 60 %
-# of the blocks. Here are six steps in plain autograd. Watch $D$ against τ (now 0.2): it starts near
+# of the blocks. Here are five steps in plain autograd. Watch $D$ against τ (now 0.2): it starts near
 # 0, since B = 0 makes the student the original.
 
 # %%
@@ -275,7 +275,7 @@ def loss_by_hand():
 torch.manual_seed(0)
 optimizer = torch.optim.AdamW(lora.live_parameters(model), lr=cfg.lr, weight_decay=0)
 print("step     CE   mean D   above τ   loss")
-for step in range(6):
+for step in range(5):
     loss, ce, D = loss_by_hand()
     print(f"{step:>4} {ce:>6.2f} {D.mean():>8.2f} {(D > cfg.tau).sum():>6} of 4 {loss:>6.2f}")
     loss.backward()
@@ -388,7 +388,7 @@ student = last_logits(history=1, live=1)
 original_before = last_logits(history=0, live=0)
 lora.fold(model)
 folded = last_logits(history=1, live=1)
-print(f"the student's logits moved by {(folded - student).abs().max():.1e} through the fold")
+print(f"the student's logits moved by {(folded - student).abs().mean():.2f} on average: rounding")
 assert torch.equal(last_logits(history=0, live=0), original_before)  # bit for bit
 
 # %%
