@@ -53,9 +53,6 @@ def load(name: str, device: str = "auto", dtype: str = "auto", date: str = DATE)
     return model, chat
 
 
-# ---- what stands or falls without a forward of ours ----------------------------------------------
-
-
 def words(tok) -> list[int]:
     """Ids of the tokenizer's ordinary tokens: no role, no image, no padding of the vocabulary."""
     return sorted(set(tok.get_vocab().values()) - set(tok.added_tokens_decoder))
@@ -137,9 +134,6 @@ def blocks(model, name: str) -> None:
             raise ValueError(f"{what}: a block puts out {shape} where the residual stream "
                              f"would be [2, 24, {d_model}], so there is no one place to steer; "
                              "fix: use a model with a plain residual stream")
-
-
-# ---- ours against the model's own forward --------------------------------------------------------
 
 
 def token_rows(ids: list[int], longest: int, apart: int | None = None) -> list[list[int]]:

@@ -74,9 +74,6 @@ def read_jsonl(path, torn: bool = False) -> list:
     return rows
 
 
-# ---- flags: a range stands once, beside its field -----------------------------------------------
-
-
 def rising(depths: tuple[float, float]) -> tuple[float, float]:
     if not 0 <= depths[0] < depths[1] <= 1:
         raise ValueError("fractions of the depth, 0 <= from < to <= 1, such as 0.45 0.55")
@@ -187,9 +184,6 @@ def refuse_other_settings(config, folder: Path, free: tuple[str, ...] = (), fix:
                              f"fix: {fix}")
 
 
-# ---- kept data, which a user may have edited ----------------------------------------------------
-
-
 @dataclass
 class Message:
     role: str
@@ -223,9 +217,6 @@ def check_rows(path, n_tokens: int | None = None) -> list[dict]:
             raise ValueError(f"{where}tokens has {max(row.tokens)}, of {n_tokens} in the model; "
                              "fix: leave tokens out, the content is used then")
     return rows
-
-
-# ---- a command ---------------------------------------------------------------------------------
 
 
 def cli(config_class, main, rest: str | None = None) -> None:

@@ -40,9 +40,6 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module="transformers|torch|gguf|accelerate")
 
 
-# ---- the embedded model -------------------------------------------------------------------------
-
-
 def cache_dir() -> Path:
     """Ours, in `$XDG_CACHE_HOME`, else in ~/.cache, else in the temporary folder."""
     try:
@@ -111,9 +108,6 @@ def convert_gguf(gguf: Path, folder: Path, chat_template: str | None) -> None:
     tok.save_pretrained(folder)
 
 
-# ---- devices ------------------------------------------------------------------------------------
-
-
 def best_dtype(device: str) -> torch.dtype:
     """bfloat16 where the hardware multiplies it natively, else float32."""
     native = False
@@ -138,9 +132,6 @@ def hold_memory() -> None:
     if mallopt:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its maximum
-
-
-# ---- load ---------------------------------------------------------------------------------------
 
 
 def load(name: str, device: str = "auto", dtype: str = "auto"):

@@ -49,9 +49,6 @@ class Answers:
     notes: dict[str, float] = field(default_factory=dict)  # what else the readout reports
 
 
-# ---- cloze --------------------------------------------------------------------------------------
-
-
 def softmax(z: np.ndarray) -> np.ndarray:
     """Over the last axis."""
     p = np.exp(z - z.max(-1, keepdims=True))
@@ -118,9 +115,6 @@ def valid_p(model, chat: Chat, vignettes: list[dict], system: str, vector, dose)
     return p_letters
 
 
-# ---- probes -------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def probe(model, chat: Chat, probes: list[dict], system: str = NEUTRAL,
           vector: SteeringVector | None = None, dose: float = 0.0) -> np.ndarray:
@@ -135,9 +129,6 @@ def probe(model, chat: Chat, probes: list[dict], system: str = NEUTRAL,
     scored = score(model, prompts * 2, answers, vector, dose)
     toward, away = np.array([logp.double().sum().item() for logp in scored]).reshape(2, -1)
     return toward - away
-
-
-# ---- tinymfv ------------------------------------------------------------------------------------
 
 
 NOTES = {"frac_unscorable": "frac_unscorable", "nll_prefill": "mean_nll_prefill",

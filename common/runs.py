@@ -44,9 +44,6 @@ def stage_seed(seed: int, round: int, stage: str) -> int:
     return zlib.crc32(f"{seed} {round} {stage}".encode())
 
 
-# ---- the run folder -----------------------------------------------------------------------------
-
-
 class Ended(ValueError):
     """A round that cannot be finished, such as for want of data: a result, kept on record."""
 

@@ -31,9 +31,6 @@ from steer import SteeringVector, batches, check_room, left_pad
 LOOK_EVERY = 8  # steps between two looks at which rows are done: a look waits for the device
 
 
-# ---- from hidden states to words ----------------------------------------------------------------
-
-
 class FinalStates(tuple):
     """What a decoder would return: (last_hidden_state,), and None for any other name."""
 
@@ -100,9 +97,6 @@ def next_token(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k:
     return tokens.gather(-1, choice.clamp(max=cdf.shape[-1] - 1))[:, 0]
 
 
-# ---- from words to hidden states ----------------------------------------------------------------
-
-
 def rows_at_once(model) -> int:
     """Rows of a batch: on a GPU one row costs nearly what 256 do."""
     return 96 if model.device.type == "cpu" else 256
@@ -138,6 +132,9 @@ def deterministic(model):
         torch.use_deterministic_algorithms(False)
 
 
+PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)  # cache layers of keys and values
+
+
 def special_layers(model) -> list:
     """The cache layers this model asks for, where some are more than keys and values; else [].
 
@@ -145,14 +142,7 @@ def special_layers(model) -> list:
     DeepSeek's sparse attention a key more.
     """
     layers = DynamicCache(config=model.config).layers
-    plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
-    return layers if any(type(layer) not in plain for layer in layers) else []
-
-
-def is_hybrid(model) -> bool:
-    """Whether some layers are linear attention, which no cache continues with gradients."""
-    return any(isinstance(layer, LinearAttentionCacheLayerMixin)
-               for layer in special_layers(model))
+    return layers if any(type(layer) not in (*PLAIN, DummyLayer) for layer in layers) else []
 
 
 def new_cache(model) -> Cache:
@@ -163,8 +153,7 @@ def new_cache(model) -> Cache:
     layers = special_layers(model)
     if not layers:
         return Cache(layer_class_to_replicate=DynamicLayer)
-    plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    return Cache(layers=[DynamicLayer() if type(own) in plain else own for own in layers])
+    return Cache(layers=[DynamicLayer() if type(own) in PLAIN else own for own in layers])
 
 
 def common_beginning(model, prompts: list[tuple[int, ...]]) -> tuple[int, ...]:
@@ -223,10 +212,12 @@ def shares_prompts(model, prompts: list[list[int]]) -> bool:
     """Whether equal prompts are run once: in three passes, where one pass would repeat them.
 
     Products cost on a CPU, so there always. Launches cost on a GPU, so there only where more than
-    four rows have the same prompt, as in the cloze readout.
+    four rows have the same prompt, as in the cloze readout. Never under linear attention, which no
+    cache continues with gradients.
     """
-    repeated = len(prompts) > 4 * len(set(map(tuple, prompts)))
-    return not is_hybrid(model) and (model.device.type == "cpu" or repeated)
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in special_layers(model)):
+        return False
+    return model.device.type == "cpu" or len(prompts) > 4 * len(set(map(tuple, prompts)))
 
 
 def completion_states(model, prompts: list[list[int]], completions: list[list[int]],
@@ -297,9 +288,6 @@ def score(model, prompts: list[list[int]], completions: list[list[int]],
     for rows in tqdm(parts, "score", leave=False, disable=None, delay=5):
         halving(score_rows, rows)
     return out
-
-
-# ---- decoding ------------------------------------------------------------------------------------
 
 
 class Decoder:
@@ -475,9 +463,6 @@ def stream(model, chat: Chat, prompt: list[int], vector: SteeringVector | None =
         if token in stop:
             return
         yield token
-
-
-# ---- what a text looks like ---------------------------------------------------------------------
 
 
 def perplexity(logp: torch.Tensor) -> float:

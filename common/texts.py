@@ -208,9 +208,6 @@ def tinymfv_vignettes(name: str) -> list[dict]:
             for row in package.load_vignettes(name)]
 
 
-# ---- all that a run reads -----------------------------------------------------------------------
-
-
 @dataclass
 class Texts(Trait):
     """Everything one run reads: its trait's texts, and those that all traits share."""
