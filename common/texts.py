@@ -1,7 +1,7 @@
 """What a model is given to read, from data/ and checked: a trait, contexts, plain text, vignettes.
 
     config = texts.complete(config)    # what no flag sets is as the trait has it
-    reading = texts.read(config)       # a mistake in any file is reported here, before a model loads
+    reading = texts.read(config)       # a mistake in any file ends it here, before a model loads
     reading.pos, reading.contexts, reading.train, reading.heldout, reading.vignettes
 
 A trait is ONE file: data/traits/NAME.json, or your own (docs/traits.md says how to write one).
@@ -31,7 +31,7 @@ def read_json(path, *keys: str) -> dict:
         found = json.loads(text)
         json.dumps(found, allow_nan=False)  # Python reads NaN and Infinity; JSON has neither
     except UnicodeError:
-        raise ValueError(f"{path} is not UTF-8 text; fix: save it with the encoding UTF-8") from None
+        raise ValueError(f"{path} is not UTF-8 text; fix: save it in encoding UTF-8") from None
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is malformed ({e}); fix: make it valid JSON") from None
     for key in keys:
@@ -55,7 +55,7 @@ def check_text(text, where: str) -> None:
 
 
 def load_rows(path, key: str, fields: tuple[str, ...] = (), fewest: int = 1) -> list:
-    """A list under `key` of a JSON file: of texts, or of objects with a text in each of `fields`."""
+    """The list under `key` of a JSON file: texts, or objects with a text in each of `fields`."""
     rows = read_json(path, key)[key]
     if not isinstance(rows, list) or len(rows) < fewest:
         raise ValueError(f"{path}: '{key}' is {shown(rows)}; fix: a list of {fewest} or more")

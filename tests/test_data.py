@@ -139,7 +139,7 @@ def test_files_are_utf8_in_any_locale(encoding, tmp_path):
     code = f"from common import texts; print(ascii(texts.load_trait({str(path)!r}).pos))"
     done = python("-c", code, env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"})
     is_utf8 = encoding.startswith("utf-8")
-    expected = "'Caf\\xe9.'" if is_utf8 else "fix: save it with the encoding UTF-8"
+    expected = "'Caf\\xe9.'" if is_utf8 else "fix: save it in encoding UTF-8"
     assert expected in (done.stdout if is_utf8 else done.stderr)
 
 
