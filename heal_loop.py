@@ -279,8 +279,8 @@ def main(cfg: Config, loaded=None) -> Path:
         raise ValueError(f"--weight-decay {cfg.weight_decay} is out of range; fix: below 1 / lr")
     cfg = texts.complete(cfg)
     reading = texts.read(cfg)  # a mistake in what it reads is reported before a folder appears
-    with runs.begin(cfg, f"{cfg.trait}_{cfg.reg}_{cfg.agg}_s{cfg.seed}", HEALING) as run:
-        print(f"{cfg.model}: {cfg.trait}, {cfg.reg} {cfg.agg}, λ {cfg.lam:g}, τ {cfg.tau:g}, "
+    with runs.begin(cfg, f"{reading.name}_{cfg.reg}_{cfg.agg}_s{cfg.seed}", HEALING) as run:
+        print(f"{cfg.model}: {reading.name}, {cfg.reg} {cfg.agg}, λ {cfg.lam:g}, τ {cfg.tau:g}, "
               f"{cfg.rounds} rounds, seed {cfg.seed} -> {run.folder}", flush=True)
         model, chat = loaded or checks.load(cfg.model, cfg.device, cfg.dtype, cfg.date)
         lora.attach(model, cfg.rank, cfg.alpha, cfg.lora_layers, merge=cfg.merge)
