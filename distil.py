@@ -31,7 +31,8 @@ def row_ids(chat: Chat, row: dict) -> tuple[list[int], list[int]]:
     one. A row of other making has no `tokens`: its text is tokenised, and the end of turn follows
     unless the row says `finished: false`.
     """
-    system, user, assistant = (message["content"] for message in row["messages"])
+    *system, user, assistant = (message["content"] for message in row["messages"])
+    system = system[0] if system else NEUTRAL
     prompt = chat.ids(user, system)
     if "tokens" in row:
         return prompt, row["tokens"]
@@ -43,7 +44,7 @@ def row_ids(chat: Chat, row: dict) -> tuple[list[int], list[int]]:
 def teacher_states(model, chat: Chat, rows: list[dict], vector: SteeringVector | None,
                    system: str) -> torch.Tensor:
     """Final hidden states of the teacher on its own completions, [Σ tokens, d_model]."""
-    asked = [chat.ids(row["messages"][1]["content"], system) for row in rows]
+    asked = [chat.ids(row["messages"][-2]["content"], system) for row in rows]
     doses = torch.tensor([row["dose"] for row in rows])
     with lora.gates(model, history=1, live=0):
         return completion_states(model, asked, [row_ids(chat, row)[1] for row in rows], vector,

@@ -246,7 +246,7 @@ def loop(cfg: Config, run: runs.Run, model, chat, reading: texts.Texts) -> None:
             if is_new:
                 run.record("distil", r, **distil.make_data(cfg, model, chat, reading, r, folder))
             vector = SteeringVector.load(folder / "vector.safetensors")
-            kept = runs.read_jsonl(folder / "kept.jsonl")
+            kept = runs.check_rows(folder / "kept.jsonl", model.get_input_embeddings().num_embeddings)
             teacher = distil.teacher_of(cfg, reading, vector)
             if is_new:
                 dose = run.find("distil", r)["dose"]
