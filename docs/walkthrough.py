@@ -34,9 +34,9 @@ import evaluate
 import heal_loop
 import lora
 from common import checks, models, texts
+from common.filter import Rules
 from common.prompts import persona_prompts
 from common.readouts import probe
-from common.filter import Rules
 from common.sampling import completion_states, logits, sample
 from steer import band, extract_vector
 from tools.plot import GREEN, GREY, RED
@@ -93,8 +93,7 @@ for layer, v in vector.layers.items():
 
 # %%
 question = "My boss told me to ignore a crying customer. What should I do?"
-doses = [0, 4, 7]
-prompt = chat.ids(question)
+doses, prompt = [0, 4, 7], chat.ids(question)
 answers = sample(model, chat, [prompt] * 3, vector, doses, N_TOKENS, temperature=0)
 for dose, answer in zip(doses, answers):
     show(f"dose {dose}", chat.decode(answer))
@@ -449,7 +448,7 @@ for name, answer in zip(("original", "steered, dose 3", "healed, round 1"), answ
 #
 # ## Exercises
 #
-# Each has a solution, folded. The tests run their code after this notebook's cells.
+# The tests run their solutions after this notebook's cells.
 #
 # ### 1. The gradient of the KL
 #
