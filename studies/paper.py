@@ -65,13 +65,14 @@ class Sweeps:
         return over_seeds([None if None in pair else pair[0] - pair[1] for pair in shared],
                           frontier.DIGITS.get(metric, 2))
 
-    def named(self, lines: dict[str, str]) -> list[Record]:
-        """The runs of each arm under the names that they have here."""
+    def named(self, lines: dict[str, str] | list[str]) -> list[Record]:
+        """The runs of each arm, {name: arm} under the names that they have here."""
+        lines = lines if isinstance(lines, dict) else dict(zip(lines, lines))
         return [replace(run, config=run.config | {"arm": name})
                 for name, arm in lines.items() for run in self.arms.get(arm, [])]
 
-    def draw(self, name: str, lines: dict[str, str], metrics: list[str] = (), **kwargs) -> str:
-        """Draw frontier.figure of {name: arm} into a file beside the page; -> its name."""
+    def draw(self, name: str, lines, metrics: list[str] = (), **kwargs) -> str:
+        """Draw frontier.figure of arms, see `named`, into a file beside the page; -> its name."""
         figure = frontier.figure(self.named(lines), metrics, **kwargs)
         figure.savefig(self.pictures / name, dpi=160)
         return name
@@ -82,7 +83,7 @@ class Sweeps:
 
     def metrics(self, arms: list[str]) -> list[str]:
         """What the two tables of the new readout show."""
-        metrics = frontier.metrics_of(self.named({arm: arm for arm in arms}))
+        metrics = frontier.metrics_of(self.named(arms))
         return [name for name in metrics if name not in ("drift", "repetition", "judge")]
 
     def recipes(self, arms: list[str], level: float) -> str:
