@@ -20,11 +20,11 @@ import numpy as np
 import scipy.stats
 import tyro
 from matplotlib.figure import Figure
-from tabulate import tabulate
 
 from common import runs
 from common.texts import NATS
 from evaluate import COHERENCE_FLOOR, MIN_SHIFT
+from studies.tables import markdown
 from tools.sweep import Record, load
 
 LEVELS = (1, 2, 3, 5)  # nats of Δtrait at which arms are compared
@@ -145,10 +145,6 @@ def metrics_of(records: list[Record]) -> list[str]:
 # ---- tables -------------------------------------------------------------------------------------
 
 
-def table(rows: list[list], head: list[str]) -> str:
-    return tabulate(rows, head, tablefmt="github", disable_numparse=True)
-
-
 def matched_cells(of_arm: list[Record], level: float, metrics: list[str], stage: str = "healed"):
     """Each metric where the runs of an arm first moved `level` nats."""
     by_metric = [[at_trait(path(run, name, stage), level) for run in of_arm] for name in metrics]
@@ -161,7 +157,7 @@ def matched_table(records: list[Record], level: float, metrics: list[str]) -> st
             for run in untrained(records)]
     for arm, of_arm in by_arm(records).items():
         rows.append([arm, *matched_cells(of_arm, level, metrics)])
-    return table(rows, [f"at {level:g} nats", *metrics])
+    return markdown(rows, [f"at {level:g} nats", *metrics])
 
 
 def rounds_table(records: list[Record], metrics: list[str]) -> str:
@@ -186,7 +182,7 @@ def rounds_table(records: list[Record], metrics: list[str]) -> str:
         mover = max(others, key=lambda name: abs(sum(e[name] for e in events)))
         off_target = f"{mover.removesuffix('_nats')} {cells(events, [mover])[0]}"
         rows.append([arm, r, len(events), *cells(events, metrics), off_target])
-    return table(rows, ["arm", "round", "seeds", *metrics, "off target"])
+    return markdown(rows, ["arm", "round", "seeds", *metrics, "off target"])
 
 
 # ---- the figure ---------------------------------------------------------------------------------

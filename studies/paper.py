@@ -20,6 +20,7 @@ import jinja2
 from common import runs
 from studies import frontier
 from studies.frontier import over_seeds
+from studies.tables import markdown
 from tools.sweep import Record
 
 
@@ -64,13 +65,14 @@ class Sweeps:
         return over_seeds([None if None in pair else pair[0] - pair[1] for pair in shared],
                           frontier.DIGITS.get(metric, 2))
 
-    def named(self, lines: dict[str, str]) -> list[Record]:
-        """The runs of each arm under the names that they have here."""
+    def named(self, lines: dict[str, str] | list[str]) -> list[Record]:
+        """The runs of each arm, {name: arm} under the names that they have here."""
+        lines = lines if isinstance(lines, dict) else dict(zip(lines, lines))
         return [replace(run, config=run.config | {"arm": name})
                 for name, arm in lines.items() for run in self.arms.get(arm, [])]
 
-    def draw(self, name: str, lines: dict[str, str], metrics: list[str] = (), **kwargs) -> str:
-        """Draw frontier.figure of {name: arm} into a file beside the page; -> its name."""
+    def draw(self, name: str, lines, metrics: list[str] = (), **kwargs) -> str:
+        """Draw frontier.figure of arms, see `named`, into a file beside the page; -> its name."""
         figure = frontier.figure(self.named(lines), metrics, **kwargs)
         figure.savefig(self.pictures / name, dpi=160)
         return name
@@ -81,7 +83,7 @@ class Sweeps:
 
     def metrics(self, arms: list[str]) -> list[str]:
         """What the two tables of the new readout show."""
-        metrics = frontier.metrics_of(self.named({arm: arm for arm in arms}))
+        metrics = frontier.metrics_of(self.named(arms))
         return [name for name in metrics if name not in ("drift", "repetition", "judge")]
 
     def recipes(self, arms: list[str], level: float) -> str:
@@ -101,17 +103,19 @@ class Sweeps:
             if values[0] == "n/a":
                 values = frontier.cells([run.of("healed")[-1] for run in of_arm], metrics)
             rows.append([*recipe(of_arm[0].config), len(of_arm), *values])
-        return frontier.table(rows, ["teacher", "targets", "sampler", "barrier", "rounds", "seeds",
+        return markdown(rows, ["teacher", "targets", "sampler", "barrier", "rounds", "seeds",
                                      *metrics])
 
     def contrasts(self, pairs: dict[str, tuple], prefix: str = "") -> str:
         """A table of differences: {name: (arm, other arm, where)}, of the pairs that were run."""
-        pairs = {name: (*self.known(pair[:2], prefix), pair[2]) for name, pair in pairs.items()}
-        pairs = {name: pair for name, pair in pairs.items() if len(pair) == 3}
-        metrics = self.metrics([arm for pair in pairs.values() for arm in pair[:2]])
-        rows = [[name, *(self.difference(*arms, metric, **where) for metric in metrics)]
-                for name, (*arms, where) in pairs.items()]
-        return frontier.table(rows, ["difference", *metrics])
+        rows = []
+        metrics = self.metrics(self.known(sum([list(pair[:2]) for pair in pairs.values()], []),
+                                          prefix))
+        for name, (*arms, where) in pairs.items():
+            arms = self.known(arms, prefix)
+            if len(arms) == 2:
+                rows.append([name, *(self.difference(*arms, key, **where) for key in metrics)])
+        return markdown(rows, ["difference", *metrics])
 
     def counts(self) -> str:
         """How much was run: a run, or a round, that several share is counted once."""
@@ -126,12 +130,15 @@ def recipe(config: dict) -> list:
     """Teacher, targets, sampler, barrier and rounds; of an earlier version there was one way."""
     config = {"teacher": "steered", "targets": "samples", "top_k": 64, "top_p": 0.95} | config
     unsteered = config["teacher"] == "steered" and set(config["doses"] or [1]) == {0}
-    whole = config["top_k"] == 0 and config["top_p"] == 1
+    sampler = f"top-k {config['top_k']}, top-p {config['top_p']:g}"
+    if config["top_k"] == 0 and config["top_p"] == 1:
+        sampler = "whole"
+    if config["max_perplexity"] > 1e6:  # as good as none
+        sampler += ", any perplexity"
     barrier = {"nll": "none", "wd": f"weight decay {config['weight_decay']:g}"}.get(
         config["reg"], f"{config['agg']}, τ {config['tau']:g}, D from {config['ref']}")
     return ["unsteered" if unsteered else config["teacher"], config["targets"],
-            "whole" if whole else f"top-k {config['top_k']}, top-p {config['top_p']:g}", barrier,
-            config["rounds"]]
+            sampler, barrier, config["rounds"]]
 
 
 def main(cfg: Config) -> None:

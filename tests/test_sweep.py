@@ -223,13 +223,6 @@ def test_a_second_call_makes_only_what_is_missing(swept, monkeypatch, no_floor):
 
 
 @pytest.mark.slow
-def test_a_folder_of_other_settings_is_not_taken_for_finished(swept, settings):
-    other = replace(swept[0], run=replace(settings, lr=1e-3))
-    with pytest.raises(ValueError, match="--lr 0.001 was 0.009 when .*; fix: another --out"):
-        sweep.main(other)
-
-
-@pytest.mark.slow
 def test_an_arm_that_keeps_too_few_is_a_result(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "draw", runs.read_events)  # drawing takes as long as a tiny run
     too_few = replace(settings, max_perplexity=1.001, rounds=1, n_keep=2)
@@ -240,15 +233,3 @@ def test_an_arm_that_keeps_too_few_is_a_result(settings, tmp_path, monkeypatch):
         assert "too few completions kept" in ended["why"] and ended["round"] == 0
     with pytest.raises(ValueError, match="finished a round; fix: "):
         frontier.main(frontier.Config(cfg.records / "sweep", tmp_path / "arms.md"))
-
-
-def test_the_next_run_gets_the_plain_model_after_a_failure(embedded, tmp_path, monkeypatch):
-    run = heal_loop.Config(out=tmp_path / "run")
-
-    def fails(run, loaded):
-        lora.attach(loaded[0])
-        raise OSError("disk full")
-    monkeypatch.setattr(sweep.heal_loop, "main", fails)
-    with pytest.raises(OSError, match="disk full"):
-        sweep.run_arm(run, run, embedded)
-    assert not lora.is_attached(embedded[0])

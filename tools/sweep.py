@@ -4,7 +4,7 @@
     python -m tools.sweep --reg nll --doses 0 1,2 2,4         # an arm a word: unsteered; 1, 2; 2, 4
     python -m tools.sweep --reg nll --teacher steered prompted --targets samples soft
     python -m tools.sweep --executor local --gpus 0 1 1       # three runs at once, two on GPU 1
-    python -m tools.sweep --executor slurm --sbatch "--partition gpu --gpus-per-node 1 --time 480"
+    python -m tools.sweep --executor slurm --sbatch="--partition gpu --gpus-per-node 1"
     python -m studies.frontier results/runs/sweep             # then: the page of tables, its figure
 
 Every flag of heal_loop.py works here too and holds for all arms. The same command goes on where it
@@ -67,7 +67,7 @@ class Config:
     records: Path = Path("results/runs")  # the records go into a folder in it, named as --out
     executor: Literal["here", "local", "slurm"] = "here"  # in this process, or a process a run
     gpus: tuple[int, ...] = ()  # local: a GPU for each run at a time; default: all, one run each
-    sbatch: str = ""  # slurm: flags of sbatch for each run: partition, GPU, time limit, account
+    sbatch: str = ""  # slurm: flags of sbatch for a run (partition, GPU, time, account), behind =
     only: str | None = None  # the one run to make, such as kl_rev_rmse_s0, or alone
     run: tyro.conf.Suppress[heal_loop.Config] = field(default_factory=heal_loop.Config)  # the rest
 
