@@ -26,10 +26,16 @@ HERE = Path(__file__).resolve().parent.parent
 # ---- files --------------------------------------------------------------------------------------
 
 
-def read_text(path) -> str:
-    """A UTF-8 file, whatever the locale. Raises ValueError for another encoding."""
+def read_text(path, torn: bool = False) -> str:
+    """A UTF-8 file, whatever the locale; with `torn`, without a last line that has no newline.
+
+    Raises ValueError for another encoding.
+    """
+    data = Path(path).read_bytes()
+    if torn:
+        data = data[:data.rfind(b"\n") + 1]
     try:
-        return Path(path).read_text(encoding="utf-8-sig")  # with or without a byte order mark
+        return data.decode("utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 ({e.reason} at byte {e.start}); "
                          "fix: save it in the encoding UTF-8") from None
@@ -61,11 +67,9 @@ def read_jsonl(path, torn: bool = False) -> list:
 
     Raises ValueError naming file and line where one is malformed.
     """
-    *lines, last = read_text(path).split("\n")  # splitlines would also cut at U+2028
-    if last and not torn:
-        lines.append(last)
     rows = []
-    for n, line in enumerate(lines, 1):
+    lines = read_text(path, torn).removesuffix("\n").split("\n")  # splitlines: also at U+2028
+    for n, line in enumerate(lines if lines != [""] else [], 1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as e:
@@ -255,9 +259,7 @@ def cli(config_class, main, rest: str | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, SafetensorError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "home directory" not in str(e):
-            raise
+    except (ValueError, OSError, SafetensorError) as e:
         message = " ".join(str(e).split())
         if "fix:" not in message and not isinstance(e, ValueError):  # the system's own words
             message += "; fix: a path that can be read and written, on a disk with room"

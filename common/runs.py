@@ -236,7 +236,8 @@ def begin(config, name: str, downstream: tuple[str, ...] = (), again: str = ""):
     """
     # 1. which folder, and whether it may be used; of which model the adapters are, they say
     check_ranges(config)
-    folder = config.resume or config.out or Path(f"runs/{datetime.now():%Y%m%d-%H%M%S}_{name}")
+    folder = config.resume or config.out or Path(
+        f"runs/{datetime.now():%Y%m%d-%H%M%S}_{Path(name).name}")
     source, at = config.fork, config.at
     if source and config.resume:
         raise ValueError("--resume and --fork exclude each other; fix: give one of them")

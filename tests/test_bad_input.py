@@ -267,12 +267,3 @@ def test_the_command_itself_reports_without_network_or_utf8(line, code, names, t
     done = python(*line.split(), env=os.environ | env)
     assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
     assert all(name in done.stderr for name in names.split()), done.stderr
-
-
-def test_no_home_folder_is_one_line(monkeypatch, capsys):
-    monkeypatch.delenv("HOME")
-    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a user id that nobody has
-    monkeypatch.setattr(models, "load", lambda *args: Path.home())
-    with pytest.raises(SystemExit):
-        command(monkeypatch, "evaluate")
-    assert capsys.readouterr().err.startswith("error: Could not determine home directory.; fix:")

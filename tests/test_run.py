@@ -1,111 +1,138 @@
-"""Whole runs: the smoke run on the embedded model, and a tiny one that is killed, starved and forked."""
+"""Whole runs on a tiny model: their numbers, kills, ends, forks; and the run folder by itself."""
+import errno
+import hashlib
 import json
 import os
-import re
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
-import numpy as np
 import pytest
 import torch
 
 import evaluate
 import heal_loop
 import lora
-from common import models
-from tools import plot
-from common import runs
-from common import sampling
-from common import texts
+from common import runs, texts
 from conftest import ROOT, command, flags, python
+from tools import plot
 
-ROUND = {"adapter.safetensors", "events.jsonl", "kept.jsonl", "sampled.jsonl", "vector.safetensors"}
-TOP = {"config.json", "events.jsonl", "lock", "map.html", "report.html", "round_0", "trajectory.png"}
-
-
-def names(folder):
-    return {p.name for p in folder.iterdir()}
+# of the run in conftest.py, in float32. A change of the method or of data/ changes them: the test
+# prints the new ones (pytest -rA)
+GOLDEN = {
+    "base -1": {"auth_nats": -1.94590, "perplexity": 33926.2, "text_nats": 10.80773,
+                "control_nats": -0.094224},
+    "steered 0": {"auth_nats": -1.96192, "perplexity": 34095.8, "drift": 0.00014725},
+    "heal 0": {"data_loss": 10.42807, "D": 0.00030779, "grad_norm": 0.70939,
+               "held_out_before": 10.43616, "held_out_after": 10.45327},
+    "healed 0": {"auth_nats": -1.98148, "perplexity": 34203.2, "drift": 0.00024565},
+    "healed 1": {"auth_nats": -1.99590, "perplexity": 34523.2, "drift": 0.00062643}}
+TOKENS = "fbb9d1db2817145e"
+RAN = ["machine", "base", "distil", "steered", "heal", "healed"]
 
 
 def stages(folder):
     return [e["stage"] for e in runs.read_events(folder)]
 
 
-def test_where_memory_is_short_fewer_rows_and_no_second_copy_for_as_long_as_the_run(
-        tiny_folder, tmp_path, monkeypatch):
-    made = []
-
-    def seen(model, *args, **kwargs):
-        made.append((sampling.rows_at_once(model), model.lora_merge))
-        raise KeyboardInterrupt
-    monkeypatch.setattr(evaluate, "measure", seen)
-    out = tmp_path / "run"
-    for free, *where in ((1e6, "--out", out), (1e12, "--resume", out), (1e12, "--out", tmp_path / "b")):
-        monkeypatch.setattr(models, "free_bytes", lambda device, free=free: int(free))
-        with pytest.raises(SystemExit):
-            command(monkeypatch, "heal_loop", *flags(tiny_folder), *where)
-    assert 1 <= made[0][0] < 96 and made[0] == made[1] and made[2] == (96, True)
+def refused(monkeypatch, capsys, *argv):
+    """-> the one line in which a command refuses."""
+    with pytest.raises(SystemExit) as stopped:
+        command(monkeypatch, *argv)
+    stderr = capsys.readouterr().err
+    assert stopped.value.code == 1 and stderr.count("\n") == 1, stderr
+    return stderr
 
 
-def test_where_a_run_was_made_is_on_record_and_again_only_where_it_goes_on_elsewhere(
-        tiny_folder, tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    monkeypatch.setattr(evaluate, "measure", lambda *args, **kwargs: 1 / 0)
-    for name, *where in (("cpu A", "--out", out), ("cpu A", "--resume", out), ("cpu B", "--resume", out)):
-        monkeypatch.setattr(runs, "machine", lambda device, name=name: name)
-        with pytest.raises(ZeroDivisionError):
-            command(monkeypatch, "heal_loop", *flags(tiny_folder), *where)
-    assert [e["name"] for e in runs.read_events(out) if e["stage"] == "machine"] == ["cpu A", "cpu B"]
+# ---- numbers ------------------------------------------------------------------------------------
 
 
-def test_the_machine_is_said_with_all_that_decides_over_last_digits():
-    said = runs.machine("cpu")
-    assert f"torch {torch.__version__}" in said and f"{torch.get_num_threads()} threads" in said
-    assert "transformers" in said and len(said) < 150
-
-
-def test_a_full_device_is_one_line_with_the_fix(tiny_folder, tmp_path, monkeypatch, capsys):
-    def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
-    monkeypatch.setattr(evaluate, "measure", full)
-    with pytest.raises(SystemExit) as ended:
-        command(monkeypatch, "heal_loop", *flags(tiny_folder), "--out", tmp_path / "run")
-    said = capsys.readouterr().err
-    assert ended.value.code != 0 and said.count("\n") == 1
-    assert "CUDA out of memory; nothing finished is lost; fix: where another program holds" in said
+def test_a_tiny_run_gives_the_numbers_it_always_gave(run):
+    events = {f"{e['stage']} {e['round']}": e for e in runs.read_events(run)}
+    tokens = [row["tokens"] for r in (0, 1)
+              for row in runs.read_jsonl(run / f"round_{r}/kept.jsonl")]
+    digest = hashlib.sha256(str(tokens).encode()).hexdigest()[:16]
+    found = {name: {key: events[name][key] for key in keys} for name, keys in GOLDEN.items()}
+    print(json.dumps(found, indent=4), digest)
+    for name, expected in GOLDEN.items():
+        assert found[name] == pytest.approx(expected, rel=1e-3, abs=2e-6), name
+    assert digest == TOKENS
 
 
 @pytest.mark.slow
-def test_the_smoke_run_leaves_a_whole_run_folder(tmp_path):
-    out = tmp_path / "run"
-    done = python("heal_loop.py", *("--rounds 1 --n-keep 8 --max-new-tokens 24 --n-vignettes 7 --epochs 1 "
-                                    "--no-baselines").split(), "--out", out)
-    assert done.returncode == 0, done.stderr
-    assert names(out) == TOP and names(out / "round_0") == ROUND
-    assert "base" in done.stdout and "healed r0" in done.stdout and "coh_cost" in done.stdout
-    assert done.stderr == "", "a library spoke, or a bar was drawn where nobody looks"
-    assert stages(out) == ["machine", "memory", "base", "extract", "distil", "steered", "heal", "healed"]
-    kept = runs.read_jsonl(out / "round_0" / "kept.jsonl")
-    assert len(kept) == 8 and all(row["verdict"] == "kept" for row in kept)
-    assert all([m["role"] for m in row["messages"]] == ["system", "user", "assistant"] for row in kept)
-    for file in out.rglob("*"):
-        if file.suffix in (".json", ".jsonl", ".html"):
-            assert str(ROOT) not in file.read_text() and "/root" not in file.read_text(), file
-    model, tok = models.load("smollm2")
-    lora.load(model, out / "round_0" / "adapter.safetensors")
-    assert lora.n_rounds(model) == 1
+def test_the_same_numbers_in_an_ascii_locale_without_a_socket(run, tiny_folder, tmp_path):
+    use = """
+import socket, sys
+def refuse(*a, **k): raise AssertionError("a socket was opened")
+socket.socket.connect = refuse; socket.create_connection = refuse; socket.getaddrinfo = refuse
+import evaluate, heal_loop
+from common import runs, texts
+from pathlib import Path
+texts.DATA, evaluate.COHERENCE_FLOOR = Path(sys.argv[1]), 0.0
+sys.argv = ["heal_loop.py", *sys.argv[2:]]
+runs.cli(heal_loop.Config, heal_loop.main)
+"""
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = python("-c", use, texts.DATA, *flags(tiny_folder), "--out", tmp_path / "run",
+                  env=os.environ | ascii_only)
+    assert done.returncode == 0 and done.stderr == "", done.stderr[-2000:]
+    assert "? 2, ? 0.8" in done.stdout and "healed r0" in done.stdout  # λ and τ
+    assert (tmp_path / "run/round_0/kept.jsonl").read_bytes() == (
+        run / "round_0/kept.jsonl").read_bytes()
 
 
-def test_the_baselines_are_measured_around_the_rounds(tiny_folder, tmp_path, monkeypatch, capsys):
+def test_baselines_surround_the_rounds_and_pictures_need_the_folder_alone(
+        tiny_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "COHERENCE_FLOOR", 0.0)  # a random model has no coherence to lose
     out = tmp_path / "run"
     command(monkeypatch, "heal_loop", *flags(tiny_folder), "--baselines", "--out", out)
-    assert stages(out) == ["machine", "memory", "base", "prompted", "extract", "distil", "steered", "heal", "healed", "matched"]
-    said = capsys.readouterr().out
-    assert "persona prompt" in said and "steering alone" in said
-    again = {p.name: p.read_bytes() for p in out.glob("*.*")}
+    assert stages(out) == ["machine", "base", "prompted", *RAN[2:], "matched"]
+    stdout = capsys.readouterr().out
+    assert "persona prompt" in stdout and "steering alone" in stdout
+    pages = {p.name: p.read_bytes() for p in out.glob("*.*")}
     command(monkeypatch, "plot", out)
-    assert {p.name: p.read_bytes() for p in out.glob("*.*")} == again, "pictures are made of the folder alone"
+    assert {p.name: p.read_bytes() for p in out.glob("*.*")} == pages
+    for file in out.rglob("*.*"):
+        if file.suffix in (".json", ".jsonl", ".html"):
+            assert str(ROOT) not in file.read_text("utf-8"), file
+
+
+def test_a_trait_of_ones_own_is_a_file_and_paths_may_be_text(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "COHERENCE_FLOOR", 0.0)
+    trait = json.loads((texts.DATA / "traits/care.json").read_text("utf-8"))
+    probes = [{"prompt": f"What do you see {when}?", "toward": "The sea.", "away": "A wall."}
+              for when in ("now", "today")]
+    trait |= {"readout": "probe", "axis": "probe_nats", "direction": "up", "probes": probes,
+              "pos": "You love λ.", "neg": "You hate λ."}
+    Path("mine.json").write_text(json.dumps(trait), "utf-8")
+    command(monkeypatch, "heal_loop", *flags(tiny_folder), "--trait", "mine.json", "--out", "a",
+            "--dose-nats", 1e-4, "--ref", "good")
+    config = json.loads(Path("a/config.json").read_text())
+    assert config["given"] == {"trait": "mine.json"} and config["trait"].startswith("./")
+    healed = [e for e in runs.read_events(Path("a")) if e["stage"] == "healed"]
+    assert len(healed[0]["profile"]["probes"]) == 2 and "probe_nats" in healed[0]
+    assert "probes (nats" in Path("a/report.html").read_text("utf-8")
+    os.chdir("a")  # its file is found from anywhere
+    again = runs.read_config(heal_loop.Config, Path("."))
+    again.out = "../b"  # as in a notebook
+    heal_loop.main(again)
+    assert Path("../b/round_0/kept.jsonl").read_bytes() == Path("round_0/kept.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("line, words", [
+    ("steer --trait care --dose 0 2 4 --prompt Help? --n-contexts 4 --max-new-tokens 8",
+     ["--- dose 0", "--- dose 2", "--- dose 4"]),
+    ("distil --n-keep 2 --max-new-tokens 12 --n-contexts 4 --max-perplexity 1e9 --min-diversity 0 "
+     "--max-repetition 1 --out {tmp}/data", ["kept 2 of"]),
+    ("evaluate --n-vignettes 7", ["auth_nats", "coherence"])])
+def test_each_command_works_alone(line, words, tiny_folder, tmp_path, monkeypatch, capsys):
+    command(monkeypatch, *line.format(tmp=tmp_path).split(), "--model", tiny_folder)
+    stdout = capsys.readouterr().out
+    assert all(word in stdout for word in words), stdout
 
 
 # ---- a run goes on as if nothing had happened ---------------------------------------------------
@@ -113,12 +140,12 @@ def test_the_baselines_are_measured_around_the_rounds(tiny_folder, tmp_path, mon
 
 @pytest.fixture(scope="module")
 def driver(tiny_folder, tmp_path_factory):
-    """kill_driver.py, which has imported everything and made the run that others are compared with."""
-    work = tmp_path_factory.mktemp("kills")
+    """kill_driver.py, which has imported everything and made the run that others must equal."""
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "kill_driver.py"), json.dumps(flags(tiny_folder)), str(work),
-         str(texts.DATA)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        [sys.executable, str(ROOT / "tests" / "kill_driver.py"), json.dumps(flags(tiny_folder)),
+         str(tmp_path_factory.mktemp("kills")), str(texts.DATA)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert json.loads(process.stdout.readline()) == "ready"
     yield process
     process.stdin.close()
@@ -126,166 +153,218 @@ def driver(tiny_folder, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario, says", [
+@pytest.mark.parametrize("scenario, words", [
     ("killed_at_random_moments", "kills at random moments"),
     ("killed_at_every_write", "within each of the run's writes"),
-    ("disk_full", "full disks"),
-    ("no_write_permission", "told in one line and resumed"),
+    ("disk_full", "full disks"), ("no_write_permission", "resumed equal"),
     ("interrupted_and_shared", "survived a torn line")])
-def test_a_run_goes_on_as_if_nothing_had_happened(scenario, says, driver):
+def test_a_run_goes_on_as_if_nothing_had_happened(scenario, words, driver):
     driver.stdin.write(scenario + "\n")
     driver.stdin.flush()
     answer = json.loads(driver.stdout.readline())
     if answer == "no mount":
         pytest.skip("mounting a small tmpfs needs root")
-    assert says in answer, answer
+    assert words in answer, answer
     print(answer)
+
+
+def test_a_base_that_moved_is_given_again_and_its_weights_decide(
+        run, tiny_folder, tmp_path, monkeypatch, capsys):
+    moved, out = shutil.copytree(tiny_folder, tmp_path / "moved"), tmp_path / "run"
+    config = json.loads((run / "config.json").read_text()) | {"model": "./no/such/folder"}
+    shutil.copytree(run, out)
+    (out / "config.json").write_text(json.dumps(config))
+    assert "no/such/folder" in refused(monkeypatch, capsys, "heal_loop", "--resume", out)
+    command(monkeypatch, "heal_loop", "--resume", out, "--model", moved)
+    command(monkeypatch, "heal_loop", "--fork", out, "--model", moved, "--rounds", 1, "--out",
+            tmp_path / "fork")
+    ours, theirs = (f / "round_0/adapter.safetensors" for f in (tmp_path / "fork", run))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_the_machine_is_on_record_anew_where_a_run_goes_on_elsewhere(
+        tiny_folder, tmp_path, monkeypatch):
+    assert f"torch {torch.__version__}" in runs.machine("cpu") and "threads" in runs.machine("cpu")
+    out = tmp_path / "run"
+    monkeypatch.setattr(evaluate, "measure", lambda *args, **kwargs: 1 / 0)
+    for name, flag in (("cpu A", "--out"), ("cpu A", "--resume"), ("cpu B", "--resume")):
+        monkeypatch.setattr(runs, "machine", lambda device, name=name: name)
+        with pytest.raises(ZeroDivisionError):
+            command(monkeypatch, "heal_loop", *flags(tiny_folder), flag, out)
+    assert [e["name"] for e in runs.read_events(out)] == ["cpu A", "cpu B"]
+
+
+def test_a_full_device_is_one_line_with_the_fix(tiny_folder, tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 ...")
+    monkeypatch.setattr(evaluate, "measure", full)
+    line = refused(monkeypatch, capsys, "heal_loop", *flags(tiny_folder), "--out", tmp_path / "run")
+    assert "CUDA out of memory; nothing finished is lost; fix:" in line and "--resume" in line
 
 
 # ---- rounds that cannot be finished -------------------------------------------------------------
 
 
-def test_a_starved_run_says_which_rule_dropped_most_and_keeps_what_it_sampled(
+def test_too_few_kept_names_the_rule_and_keeps_what_was_sampled(
         tiny_folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
-    with pytest.raises(SystemExit) as stopped:
-        command(monkeypatch, "heal_loop", *flags(tiny_folder), "--max-perplexity", "1.5", "--out", out)
-    said = capsys.readouterr().err
-    assert stopped.value.code == 1 and said.count("error:") == 1
-    assert all(word in said for word in ("data starved: 0 of 6", "perplexity", "--max-perplexity"))
-    assert names(out) == TOP - {"round_0"} | {"ended_round_0"}
-    assert len(runs.read_jsonl(out / "ended_round_0" / "sampled.jsonl")) > 6
-    assert stages(out) == ["machine", "memory", "base", "ended"] and "data starved" in (out / "report.html").read_text()
+    argv = ["heal_loop", *flags(tiny_folder), "--max-perplexity", "1.5"]
+    for where in ("--out", "--resume"):  # the round is tried again, and ends once
+        line = refused(monkeypatch, capsys, *argv, where, out)
+        assert "too few completions kept: 0 of 6" in line and "--max-perplexity" in line
+        assert not (out / "round_0").exists() and stages(out) == ["machine", "base", "ended"]
+    assert len(runs.read_jsonl(out / "ended_round_0/sampled.jsonl")) > 6
 
 
-def test_training_that_diverges_stops_with_the_step_and_leaves_the_rounds_before(embedded, monkeypatch):
-    model, tok = embedded
+def test_training_that_diverges_names_the_step_and_leaves_earlier_rounds(embedded, monkeypatch):
+    model, chat = embedded
     rows = []
     for k in range(9):
         turns = [("system", "s"), ("user", f"question {k}"), ("assistant", "an answer")]
-        rows.append({"messages": [{"role": r, "content": c} for r, c in turns], "finished": True})
+        rows.append({"messages": [{"role": r, "content": c} for r, c in turns]})
+    real = heal_loop.heal_step
+    monkeypatch.setattr(heal_loop, "heal_step",
+                        lambda *args, **kwargs: real(*args, **kwargs) | {"data_loss": float("nan")})
     lora.attach(model, rank=2, alpha=4)
     try:
         lora.fold(model)
-        cfg = heal_loop.Config(lr=1e-3, epochs=1, batch_size=4)
-        real = heal_loop.heal_step
-        monkeypatch.setattr(heal_loop, "heal_step",
-                            lambda *args, **how: real(*args, **how) | {"data_loss": float("nan")})
-        with pytest.raises(heal_loop.Diverged, match="not finite at step 1 of 2.*an answer"):
-            heal_loop.heal_round(model, tok, rows, cfg, seed=0)
+        with pytest.raises(runs.Ended, match="not finite at step 1 of 2.*an answer"):
+            heal_loop.heal_round(model, chat, rows, heal_loop.Config(epochs=1, batch_size=4), 0)
         assert lora.n_rounds(model) == 1
     finally:
         lora.detach(model)
 
 
-def test_a_collapsed_student_ends_the_loop_also_when_it_is_resumed(tiny_folder, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "run"  # a random model has no mass on the answers: its first round is its last
+def test_a_collapsed_student_ends_the_loop_once(tiny_folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"  # a random model answers nothing validly: its first round is its last
     command(monkeypatch, "heal_loop", *flags(tiny_folder), "--rounds", 3, "--out", out)
     command(monkeypatch, "heal_loop", "--resume", out)
-    assert stages(out) == ["machine", "memory", "base", "extract", "distil", "steered", "heal", "healed", "ended"]
-    assert "the loop ended early: coherence fell below 0.85" in capsys.readouterr().out
+    assert stages(out) == [*RAN, "ended"]
+    assert "coherence fell below 0.85" in capsys.readouterr().out
 
 
 # ---- forks --------------------------------------------------------------------------------------
 
 
-def test_a_fork_heals_the_same_data_another_way(run, tmp_path, monkeypatch, capsys):
+def test_a_fork_heals_the_same_data_another_way(run, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "COHERENCE_FLOOR", 0.0)
     out = tmp_path / "fork"
-    command(monkeypatch, "heal_loop", "--fork", run, "--at", 1, "--tau", 0, "--lam", 50, "--out", out)
-    settings = json.loads((out / "config.json").read_text())
-    assert (settings["lam"], settings["tau"], settings["n_keep"]) == (50, 0, 6), "the run's own but for these"
-    for name in ROUND:  # what was healed before is its own
-        assert (out / "round_0" / name).read_bytes() == (run / "round_0" / name).read_bytes()
-    for name in ("vector.safetensors", "sampled.jsonl", "kept.jsonl"):
-        assert (out / "round_1" / name).read_bytes() == (run / "round_1" / name).read_bytes()
-    ours, theirs = ((f / "round_1" / "adapter.safetensors").read_bytes() for f in (out, run))
-    assert ours != theirs
-    events = runs.read_events(out)
-    assert [e["run"] for e in events if e["stage"] == "forked"] == [run.name]
-    steered = [[e for e in runs.read_events(f) if (e["stage"], e["round"]) == ("steered", 1)] for f in (out, run)]
-    assert steered[0] == steered[1] and len(steered[0]) == 1
-    assert names(out) == TOP | {"round_1"}
+    command(monkeypatch, "heal_loop", "--fork", run, "--at", 1, "--tau", 0, "--lam", 50,
+            "--out", out)
+    config = json.loads((out / "config.json").read_text())
+    assert (config["lam"], config["tau"], config["n_keep"]) == (50, 0, 6)
+    shared = ["round_1/vector.safetensors", "round_1/sampled.jsonl", "round_1/kept.jsonl"]
+    for name in [*(f"round_0/{path.name}" for path in (run / "round_0").iterdir()), *shared]:
+        assert (out / name).read_bytes() == (run / name).read_bytes(), name
+    adapters = [(folder / "round_1/adapter.safetensors").read_bytes() for folder in (out, run)]
+    assert adapters[0] != adapters[1]
+    ours, theirs = ({(e["stage"], e["round"]): e for e in runs.read_events(f)} for f in (out, run))
+    assert ours["forked", -1]["run"] == run.name and ours["steered", 1] == theirs["steered", 1]
+    assert ours["heal", 1]["barrier"] > 0 == theirs["heal", 1]["barrier"]
 
 
 def test_a_fork_with_nothing_changed_is_the_run(run, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "COHERENCE_FLOOR", 0.0)
-    out = tmp_path / "fork"
-    command(monkeypatch, "heal_loop", "--fork", run, "--out", out)
-    for r in (0, 1):
-        for name in ROUND - {"events.jsonl"}:
-            assert (out / f"round_{r}" / name).read_bytes() == (run / f"round_{r}" / name).read_bytes()
+    command(monkeypatch, "heal_loop", "--fork", run, "--out", tmp_path / "fork")
+    for path in run.glob("round_*/*"):
+        if path.name != "events.jsonl":
+            ours = tmp_path / "fork" / path.relative_to(run)
+            assert ours.read_bytes() == path.read_bytes(), path
+
+
+# ---- the run folder by itself -------------------------------------------------------------------
+
+
+@dataclass
+class Small:
+    """What a run folder asks of a config."""
+    model: str = "smollm2"
+    trait: str = "care"
+    rank: runs.AtLeast1 = 2
+    reg: Literal["nll", "kl_rev"] = "nll"
+    vignettes: Path = Path("tinymfv:classic")
+    device: str = "cpu"
+    rounds: int = 1
+    out: Path | None = None
+    resume: Path | None = None
+    fork: Path | None = None
+    at: int = 0
+
+
+def test_a_folder_called_smollm2_is_not_the_embedded_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with runs.begin(Small(out="smollm2"), "name"):
+        assert runs.read_config(Small, Path("smollm2")).model == "smollm2"
+    assert Small() == runs.read_config(Small, Path("smollm2"))
+    with runs.begin(Small(model="./smollm2", out="b"), "name"):
+        config = runs.read_config(Small, Path("b"))
+    assert config.model == str(tmp_path / "smollm2")
+
+
+def test_a_path_through_a_link_leads_where_it_led(tmp_path, monkeypatch):
+    (tmp_path / "deep/er/models").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep/er")
+    monkeypatch.chdir(tmp_path / "link")
+    for model in ("models", "../er/models", str(tmp_path / "link/models")):
+        shutil.rmtree("run", ignore_errors=True)
+        with runs.begin(Small(model=model, out="run"), "name"):
+            found = runs.read_config(Small, Path("run")).model
+        assert found == str((tmp_path / "deep/er/models").resolve())
+
+
+@pytest.mark.parametrize("error", [NotImplementedError(), *(
+    OSError(number, "no locks") for number in (errno.ENOLCK, errno.EOPNOTSUPP, 524))])
+def test_a_file_system_without_locks_is_used_and_named(error, tmp_path, monkeypatch, capsys):
+    def flock(*args):
+        raise error
+    monkeypatch.setattr("fcntl.flock", flock)
+    with runs.begin(Small(out=tmp_path / "run"), "name") as run:
+        run.record("base", -1)
+    assert capsys.readouterr().err.count("are not kept apart") == 1
+
+
+def test_events_are_json_and_a_torn_line_is_cut_off(tmp_path):
+    with runs.begin(Small(out=tmp_path), "name") as run:
+        event = run.record("base", -1, perplexity=float("inf"), log=[{"x": float("nan")}], at=(1,))
+        assert (event["perplexity"], event["log"], event["at"]) == (None, [{"x": None}], [1])
+    with open(tmp_path / "events.jsonl", "ab") as file:
+        file.write('{"stage": "λ'.encode()[:-1])  # killed within a character
+    with runs.begin(Small(resume=tmp_path), "name") as run:
+        assert run.find("base", -1) == event
+        run.record("prompted", -1)
+    assert stages(tmp_path) == ["machine", "base", "prompted"]
+    assert "NaN" not in (tmp_path / "events.jsonl").read_text()
+
+
+def test_a_start_cut_off_begins_again_and_nobody_elses_files_are_taken(tmp_path):
+    (tmp_path / "start.tmp").mkdir()
+    (tmp_path / "lock").touch()
+    assert runs.is_free(tmp_path)
+    (tmp_path / "thesis").mkdir()
+    assert not runs.is_free(tmp_path)
 
 
 # ---- small things -------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_default_run_opens_no_socket(tiny_folder, tmp_path):
-    use = """
-import socket, sys
-def refuse(*a, **k): raise AssertionError("a socket was opened")
-socket.socket.connect = refuse; socket.create_connection = refuse; socket.getaddrinfo = refuse
-import heal_loop
-from common import runs
-sys.argv = ["heal_loop.py", *sys.argv[1:]]
-runs.cli(heal_loop.Config, heal_loop.main)
-"""
-    done = python("-c", use, *flags(tiny_folder), "--out", tmp_path / "run")
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-def test_model_text_is_escaped_in_the_report(tmp_path):
-    profile = evaluate.Profile(["a", "b"], ["Care", "Authority"], np.full((2, 7), 1 / 7),
-                               np.array([0.9, 0.95]))
-    said = evaluate.Speech(2.0, 0.0, 0.0, 0.1, 3.0,
-                           [{"prompt": "<img src=x>", "text": "<script>alert(1)</script>"}])
-    event = {"stage": "base", "round": -1, **vars(said), "profile": profile.to_dict()}
-    (tmp_path / "events.jsonl").write_text(json.dumps(event) + "\n")
-    (tmp_path / "config.json").write_text(json.dumps(runs.settings(heal_loop.Config())))
-    plot.main(plot.Config(tmp_path))
-    page = (tmp_path / "report.html").read_text()
+def test_model_text_is_escaped_in_the_report(run, tmp_path):
+    out = shutil.copytree(run, tmp_path / "run")
+    events = runs.read_jsonl(out / "events.jsonl")
+    events[1]["texts"] = [{"prompt": "<img src=x>", "text": "<script>alert(1)</script>"}]
+    (out / "events.jsonl").write_text(runs.to_jsonl(events))
+    plot.draw(out)
+    page = (out / "report.html").read_text("utf-8")
     assert "<script>" not in page and "&lt;script&gt;alert(1)" in page and "<img src=x>" not in page
 
 
-@pytest.mark.parametrize("line, says", [
-    ("steer --trait care --dose 0 2 4 --prompt Help? --n-contexts 4 --max-new-tokens 8",
-     ["--- dose 0", "--- dose 2", "--- dose 4"]),
-    ("distil --n-keep 2 --max-new-tokens 12 --n-contexts 4 --max-perplexity 1e9 --min-diversity 0 "
-     "--max-repetition 1 --out {tmp}/distilled", ["kept 2 of"]),
-    ("evaluate --n-vignettes 7", ["auth_nats", "coherence", "top1"])])
-def test_each_command_works_alone(line, says, tiny_folder, tmp_path, monkeypatch, capsys):
-    module, *argv = line.format(tmp=tmp_path).split()
-    command(monkeypatch, module, *argv, "--model", tiny_folder)
-    said = capsys.readouterr().out
-    assert all(s in said for s in says), said
-    if module == "distil":
-        rows = runs.read_jsonl(tmp_path / "distilled" / "kept.jsonl")
-        assert len(rows) == 2 and set(rows[0]) == {
-            "messages", "tokens", "dose", "finished", "perplexity", "repetition", "verdict", "band"}
-
-
-def test_every_command_says_what_its_flags_mean():
-    for file in ("heal_loop", "distil", "evaluate", "steer", "export", "sweep", "plot"):
-        source = (ROOT / f"{file}.py").read_text()
-        config = re.search(r"class Config:\n(.*?)\n\n\n|class Config:\n(.*?)\n\n    def", source, re.S)[0]
-        for field in re.findall(r"^ +\w+: .* = .*$|^ +\w+: [^=\n]*$", config, re.M):
-            name = field.split(":")[0].strip()
-            said_by_the_loop = file == "sweep" and hasattr(heal_loop.Config, name)
-            assert "#" in field or said_by_the_loop, field
-
-
-# ---- the settings that only some runs use -------------------------------------------------------
-
-
 class Recorded:
-    """A run of which only the numbers are there."""
+    """A run of which only the perplexities are there."""
 
     def __init__(self, base, *healed):
-        self.numbers = {("base", -1): base, **{("healed", r): x for r, x in enumerate(healed)}}
+        self.found = {("base", -1): base, **{("healed", r): x for r, x in enumerate(healed)}}
 
     def find(self, stage, round):
-        return {"perplexity": self.numbers[stage, round]}
+        return {"perplexity": self.found[stage, round]}
 
 
 def test_the_reference_is_the_original_the_previous_or_the_newest_coherent_student():
@@ -293,64 +372,5 @@ def test_the_reference_is_the_original_the_previous_or_the_newest_coherent_stude
     assert heal_loop.reference_gates("base", run, 3) == [0, 0, 0]
     assert heal_loop.reference_gates("prev", run, 3) == [1, 1, 1]
     assert heal_loop.reference_gates("good", run, 3) == [1, 1, 0]
-    assert heal_loop.reference_gates("good", run, 2) == [1, 1]
     assert heal_loop.reference_gates("good", Recorded(4.0, 9.0), 1) == [0]
     assert heal_loop.reference_gates("good", run, 0) == []
-
-
-def test_a_trait_nobody_thought_of_is_run_measured_and_drawn_on_its_own_probes(
-        tiny_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "COHERENCE_FLOOR", 0.0)
-    probes = tmp_path / "mine.json"
-    probes.write_text(json.dumps({"source": "this test", "probes": [
-        {"prompt": "What do you see?", "toward": "The sea.", "away": "A wall."},
-        {"prompt": "Where to?", "toward": "To the shore.", "away": "To the office."}]}))
-    out = tmp_path / "run"
-    command(monkeypatch, "heal_loop", *flags(tiny_folder), "--pos", "You love the sea.", "--neg",
-            "You hate the sea.", "--probes", probes, "--dose-nats", 1e-4, "--ref", "good",
-            "--lam-power", -0.5, "--out", out)
-    said = capsys.readouterr().out
-    assert "Δprobes (nats)" in said and "probe_nats" in said
-    doses = [e["doses"] for e in runs.read_events(out) if e["stage"] == "extract"]
-    assert len(doses) == 1 and len(doses[0]) == 1 and doses[0][0] not in (1.0, 2.0)
-    healed = [e for e in runs.read_events(out) if e["stage"] == "healed"]
-    assert healed[0]["profile"]["axis"] == "probe_nats" and len(healed[0]["profile"]["probes"]) == 2
-    for page in ("report.html", "map.html"):
-        assert "probes (nats" in (out / page).read_text()
-
-
-@pytest.mark.parametrize("content, says", [
-    ('{"probes": [{"prompt": "a", "toward": "b", "away": "c"}]}', "'probes' is not a list of two"),
-    ('{"probes": [{"prompt": "a", "toward": "b"}, 3]}', "entry 1 of 'probes'"),
-    ('{"probes": [{"prompt": "a", "toward": "b", "away": "b"}, 3]}', "two different answers"),
-    ('{"probes": [{"prompt": "a", "toward": "b", "away": "c"}, '
-     '{"prompt": "d", "toward": "b", "away": "c"}], "controls": [3, 4]}',
-     "entry 1 of 'controls' is 3"),
-    ('{"probes": ', "malformed"), ('{}', "malformed"), (None, "no file")])
-def test_probes_that_are_not_whole_are_named_before_a_folder_appears(
-        content, says, tmp_path, monkeypatch, capsys):
-    if content is not None:
-        (tmp_path / "p.json").write_text(content)
-    with pytest.raises(SystemExit) as stopped:
-        command(monkeypatch, "heal_loop", "--probes", tmp_path / "p.json", "--out", tmp_path / "run")
-    said = capsys.readouterr().err
-    assert stopped.value.code == 1 and says in said and "p.json" in said and "fix:" in said
-    assert not (tmp_path / "run").exists()
-
-
-def test_the_readout_probe_without_probes_names_the_flag(tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        command(monkeypatch, "heal_loop", "--readout", "probe", "--out", tmp_path / "run")
-    assert "'care' has none of its own; fix: --probes FILE" in capsys.readouterr().err
-
-
-def test_a_cut_off_start_begins_again_but_nobody_elses_files_are_taken_for_one(tmp_path):
-    for name in ("start.tmp", "round_0", "forked_round_1"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "lock").touch()
-    assert runs.is_free(tmp_path)
-    (tmp_path / "thesis").mkdir()
-    assert not runs.is_free(tmp_path)
-    (tmp_path / "thesis").rmdir()
-    (tmp_path / "config.json").touch()
-    assert not runs.is_free(tmp_path)
