@@ -1,20 +1,18 @@
 """tools/check.py on tiny random models of real architectures: right, or refused and why."""
 import math
-import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface
 
 import steer
 from common import checks, models, sampling
-from conftest import ROOT, tiny
+from conftest import tiny
 from tools import check
 
 TABLE = check.architectures()
-QUICKLY = ["cohere", "granite", "recurrent_gemma", "qwen3_next", "lfm2", "jamba", "mamba", "gemma3n",
-           "gptj", "gpt2", "afmoe", "mistral3", "gemma4", "phi3_longrope", "diffusion_gemma",
+QUICKLY = ["cohere", "granite", "recurrent_gemma", "qwen3_next", "lfm2", "jamba", "mamba",
+           "gemma3n", "gptj", "gpt2", "afmoe", "mistral3", "gemma4", "phi3_longrope", "diffusion_gemma",
            "paligemma", "qwen2_5_omni"]  # wrong, or a traceback, before
 CASES = [n if n in QUICKLY else pytest.param(n, marks=pytest.mark.slow) for n in TABLE]
 IDS = list(range(3, 128))
@@ -22,8 +20,8 @@ IDS = list(range(3, 128))
 
 def vector(model, size):
     d = model.config.get_text_config().hidden_size
-    return steer.SteeringVector({l: size * torch.randn(d, generator=torch.Generator().manual_seed(l))
-                                 for l in (1, 2)})
+    g = torch.Generator().manual_seed(0)
+    return steer.SteeringVector({l: size * torch.randn(d, generator=g) for l in (1, 2)})
 
 
 def made(name):
@@ -135,64 +133,3 @@ def test_short_rows_beside_long_ones_are_calibrated_as_alone():
     for prompts in (rows[1:2] * 40, rows[1:2] * 40 + rows[:1]):  # the long one is in the upper 5 %
         doses.append(steer.calibrate(model, v, prompts, nats=0.2, tokens=4))
     assert doses[0] == pytest.approx(doses[1], rel=0.05)
-
-
-# ---- the gate ------------------------------------------------------------------------------------
-
-
-def test_no_command_loads_a_model_past_the_gate():
-    files = [f for f in ROOT.rglob("*.py") if f.relative_to(ROOT).parts[0] not in ("tests", ".venv")]
-    past = [f for f in files if "= models.load(" in f.read_text("utf-8").split('"""', 2)[2]]
-    assert [f.name for f in past] == ["checks.py"]
-
-
-def spoilt(folder, to, spoil, rows=49152):
-    """A copy of a model folder whose tensors went through `spoil`, its vocabulary padded to `rows`."""
-    shutil.copytree(folder, to)
-    model = tiny("llama", vocab_size=rows, max_position_embeddings=512)
-    model.save_pretrained(to)
-    tensors = load_file(to / "model.safetensors")
-    spoil(tensors)
-    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
-    return str(to)
-
-
-HEAD, TABLE_OF_WORDS = "lm_head.weight", "model.embed_tokens.weight"
-DOWN = "model.layers.3.mlp.down_proj.weight"
-
-
-@pytest.mark.parametrize("key, where, value, dtype", [
-    (DOWN, (0, 0), math.nan, "float32"), (DOWN, (0, 0), math.inf, "bfloat16"),
-    (DOWN, (0, 0), 1e6, "float16"), (HEAD, slice(49100, None), math.nan, "float32"),
-    (HEAD, slice(49155, None), -math.inf, "float32"), (TABLE_OF_WORDS, 20, math.nan, "float32")])
-def test_a_weight_that_is_not_finite_is_refused_by_name(
-        tiny_folder, tmp_path, key, where, value, dtype):
-    def spoil(tensors):
-        tensors[key][where] = value
-    folder = spoilt(tiny_folder, tmp_path / "model", spoil, rows=49160)
-    with pytest.raises(ValueError, match=rf"not finite in torch.{dtype}: {key}; fix: "):
-        checks.load(folder, "cpu", dtype)
-
-
-def test_a_padded_row_that_no_text_has_is_named_only(tiny_folder, tmp_path, capfd):
-    def spoil(tensors):
-        tensors[TABLE_OF_WORDS][49155] = math.nan
-    checks.load(spoilt(tiny_folder, tmp_path / "model", spoil, rows=49160), "cpu", "float32")
-    assert f"{TABLE_OF_WORDS} is not finite at ids [49155]" in capfd.readouterr().err
-
-
-def test_an_overflow_in_float16_is_refused_and_float32_is_not(tiny_folder, tmp_path):
-    def spoil(tensors):
-        tensors[TABLE_OF_WORDS] *= 3e3
-        tensors["model.layers.1.mlp.up_proj.weight"] *= 1e5
-        tensors["model.layers.1.mlp.down_proj.weight"] *= 1e4
-    folder = spoilt(tiny_folder, tmp_path / "model", spoil)
-    with pytest.raises(ValueError, match="not finite in torch.float16; fix: --dtype float32"):
-        checks.load(folder, "cpu", "float16")
-    checks.load(folder, "cpu", "float32")
-
-
-def test_a_model_that_fails_a_quick_check_is_refused_by_every_command(tiny_folder, monkeypatch):
-    monkeypatch.setattr(sampling, "left_pad", unmasked)
-    with pytest.raises(ValueError, match=r"fails the check 'sampled': .* fix: another model"):
-        checks.load(str(tiny_folder), "cpu", "float32")

@@ -2,19 +2,21 @@
 import copy
 import errno
 import json
+import math
 import os
 import shutil
 import subprocess
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from common import checks, models, sampling
 from common.prompts import Chat
-from conftest import Ids, python, tiny
-from test_check import IDS, TABLE, made, vector
+from conftest import ROOT, Ids, python, tiny
+from test_check import IDS, TABLE, made, unmasked, vector
 from tools import check
 
 
@@ -47,10 +49,12 @@ AutoConfig.from_pretrained(sys.argv[-1])  # asks: so the folder is as hostile as
 
 def test_a_model_folders_own_code_never_runs(folder, tmp_path):
     """Its config, model, tokenizer and generation, under a type of its own and under llama's."""
-    code = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.T", None]}
+    code = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M",
+            "AutoTokenizer": ["evil.T", None]}
     folders = []
     for model_type in ("llama", "evil"):
-        hostile, ran = shutil.copytree(folder, tmp_path / model_type), tmp_path / f"{model_type}.ran"
+        hostile = shutil.copytree(folder, tmp_path / model_type)
+        ran = tmp_path / f"{model_type}.ran"
         for file in (hostile / "evil.py", hostile / "custom_generate" / "generate.py"):
             file.parent.mkdir(exist_ok=True)
             file.write_text(EVIL.format(str(ran)))
@@ -181,3 +185,65 @@ def test_layers_that_accelerate_moves_give_the_same_tokens_and_scores(tmp_path):
     after = read()
     assert before[0] == after[0]
     torch.testing.assert_close(before[1], after[1], rtol=0, atol=0)
+
+
+# ---- the gate ------------------------------------------------------------------------------------
+
+
+def test_no_command_loads_a_model_past_the_gate():
+    folders = [ROOT, *(ROOT / name for name in ("common", "tools", "studies", "docs"))]
+    files = [file for folder in folders for file in folder.glob("*.py")]
+    past = [f for f in files if "= models.load(" in f.read_text("utf-8").split('"""', 2)[2]]
+    assert [f.name for f in past] == ["checks.py"]
+
+
+def spoilt(folder, to, spoil, rows=49152):
+    """A copy of a model folder, its vocabulary padded to `rows`, its tensors then spoilt."""
+    shutil.copytree(folder, to)
+    model = tiny("llama", vocab_size=rows, max_position_embeddings=512)
+    model.save_pretrained(to)
+    tensors = load_file(to / "model.safetensors")
+    spoil(tensors)
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    return str(to)
+
+
+HEAD, WORDS = "lm_head.weight", "model.embed_tokens.weight"
+DOWN = "model.layers.3.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize("key, where, value, dtype", [
+    (DOWN, (0, 0), math.nan, "float32"), (DOWN, (0, 0), math.inf, "bfloat16"),
+    (DOWN, (0, 0), 1e6, "float16"), (HEAD, slice(49100, None), math.nan, "float32"),
+    (HEAD, slice(49155, None), -math.inf, "float32"), (WORDS, 20, math.nan, "float32")])
+def test_a_weight_that_is_not_finite_is_refused_by_name(
+        tiny_folder, tmp_path, key, where, value, dtype):
+    def spoil(tensors):
+        tensors[key][where] = value
+    folder = spoilt(tiny_folder, tmp_path / "model", spoil, rows=49160)
+    with pytest.raises(ValueError, match=rf"not finite in torch.{dtype}: {key}; fix: "):
+        checks.load(folder, "cpu", dtype)
+
+
+def test_a_padded_row_that_no_text_has_is_named_only(tiny_folder, tmp_path, capfd):
+    def spoil(tensors):
+        tensors[WORDS][49155] = math.nan
+    checks.load(spoilt(tiny_folder, tmp_path / "model", spoil, rows=49160), "cpu", "float32")
+    assert f"{WORDS} is not finite at ids [49155]" in capfd.readouterr().err
+
+
+def test_an_overflow_in_float16_is_refused_and_float32_is_not(tiny_folder, tmp_path):
+    def spoil(tensors):
+        tensors[WORDS] *= 3e3
+        tensors["model.layers.1.mlp.up_proj.weight"] *= 1e5
+        tensors["model.layers.1.mlp.down_proj.weight"] *= 1e4
+    folder = spoilt(tiny_folder, tmp_path / "model", spoil)
+    with pytest.raises(ValueError, match="not finite in torch.float16; fix: --dtype float32"):
+        checks.load(folder, "cpu", "float16")
+    checks.load(folder, "cpu", "float32")
+
+
+def test_a_model_that_fails_a_quick_check_is_refused_by_every_command(tiny_folder, monkeypatch):
+    monkeypatch.setattr(sampling, "left_pad", unmasked)
+    with pytest.raises(ValueError, match=r"fails the check 'sampled': .* fix: another model"):
+        checks.load(str(tiny_folder), "cpu", "float32")
