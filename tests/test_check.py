@@ -1,170 +1,135 @@
-"""check.py on tiny random models of real architectures: right, or refused and why."""
+"""tools/check.py on tiny random models of real architectures: right, or refused and why."""
 import math
-import shutil
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface
 
+import steer
+from common import checks, models, sampling
+from conftest import tiny
 from tools import check
-from common import models
-from common import sampling
-from conftest import Ids, tiny
-from steer import SteeringVector
-from test_steer import prompts, vector
 
 TABLE = check.architectures()
 QUICKLY = ["cohere", "granite", "recurrent_gemma", "qwen3_next", "lfm2", "jamba", "mamba",
-           "gemma3n", "gptj", "gpt2", "afmoe", "mistral3"]  # wrong, or a traceback, before
+           "gemma3n", "gptj", "gpt2", "afmoe", "mistral3", "gemma4", "phi3_longrope", "diffusion_gemma",
+           "paligemma", "qwen2_5_omni"]  # wrong, or a traceback, before
+CASES = [n if n in QUICKLY else pytest.param(n, marks=pytest.mark.slow) for n in TABLE]
+IDS = list(range(3, 128))
+
+
+def vector(model, size):
+    d = model.config.get_text_config().hidden_size
+    g = torch.Generator().manual_seed(0)
+    return steer.SteeringVector({l: size * torch.randn(d, generator=g) for l in (1, 2)})
 
 
 def made(name):
     model = check.tiny(TABLE[name])
-    models.prepare(model, name)
+    models.find_blocks(model, name)
     return model
 
 
-CASES = [n if n in QUICKLY else pytest.param(n, marks=pytest.mark.slow) for n in TABLE]
+def fails(model, rows=None):
+    """Which checks fail, of all there are."""
+    rows = rows or checks.token_rows(IDS, 32)
+    return checks.failed(checks.run(model, rows, {**checks.QUICK, **check.SLOW}), model.dtype)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_an_architecture_is_right_or_refused_as_the_table_says(name):
-    said, errors = check.verdict(name, TABLE[name])
-    assert said.startswith(TABLE[name].get("expect", "right")), (said, errors)
+    found, errors = check.result(name, TABLE[name])
+    assert found.startswith(TABLE[name].get("expect", "right")), (found, errors)
     assert errors or "expect" in TABLE[name]
 
 
-# ---- each check can fail ------------------------------------------------------------------------
+def test_the_table_has_ninety_and_gemma_4_as_it_is_shaped():
+    assert len(TABLE) >= 90
+    config = TABLE["gemma4"]["config"]
+    assert config["global_head_dim"] != config["head_dim"]
+    assert check.switch_length(made("phi3_longrope")) == 40
 
 
-def test_a_head_read_by_name_is_seen_by_its_check(monkeypatch):
-    model = made("cohere")
-    monkeypatch.setattr(check, "logits", lambda model, h: model.get_output_embeddings()(h))
-    assert "head" in check.failed(check.run_checks(model, ["head"]), model.dtype)
+# ---- each check can fail -------------------------------------------------------------------------
 
 
-def test_a_state_without_its_own_cache_is_seen(monkeypatch):
-    model = made("qwen3_next")
+def test_a_head_read_by_name_fails(monkeypatch):
+    monkeypatch.setattr(checks, "logits", lambda model, h: model.get_output_embeddings()(h))
+    assert "head" in fails(made("cohere"))
+
+
+def test_a_state_without_its_own_cache_fails(monkeypatch):
     monkeypatch.setattr(sampling, "special_layers", lambda model: [])
-    with pytest.raises(ValueError, match=r"'x' fails the check 'sampled': .*; fix: "):
-        check.quick(model, "x")
+    assert {"sampled", "stream"} <= set(fails(made("qwen3_next")))
 
 
-def test_padding_that_is_seen_is_found(monkeypatch):
-    model = made("llama")
+def unmasked(rows, device):
+    ids, mask, positions = steer.left_pad(rows, device)
+    return ids, torch.ones_like(mask), positions
 
-    def unmasked(rows, device):
-        ids, mask, positions = left_pad(rows, device)
-        return ids, torch.ones_like(mask), positions
-    left_pad = sampling.left_pad
+
+def test_padding_that_is_attended_to_fails(monkeypatch):
     monkeypatch.setattr(sampling, "left_pad", unmasked)
-    wrong = check.failed(check.run_checks(model), model.dtype)
-    assert {"sampled", "scored", "gradient"} <= set(wrong)
+    assert {"sampled", "scored", "gradient"} <= set(fails(made("llama")))
 
 
-def test_an_attention_that_drops_a_mask_is_not_kept(monkeypatch):
-    from transformers import AttentionInterface
-
-    def blind(module, query, key, value, attention_mask, **how):
-        return models.grouped_attention(module, query, key, value, None, **how)
-    monkeypatch.setitem(AttentionInterface._global_mapping, "grouped", blind)
-    model = tiny("llama")
-    models.prepare(model, "x")
-    assert model.config._attn_implementation == "sdpa"
-    model.set_attn_implementation("grouped")
-    assert "attention" in check.failed(check.run_checks(model, ["attention"]), model.dtype)
+def test_an_attention_that_drops_its_mask_fails(monkeypatch):
+    def blind(module, query, key, value, attention_mask, **kwargs):
+        return sdpa(module, query, key, value, None, **kwargs | {"is_causal": False})
+    sdpa = AttentionInterface._global_mapping["sdpa"]
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", blind)
+    assert {"attention", "sampled"} <= set(fails(made("llama")))
 
 
-def test_a_weight_written_to_is_seen_by_the_gates(monkeypatch):
-    model, attach = made("llama"), check.lora.attach
-
-    def and_spoil(model, **how):
-        attach(model, **how)
+def test_a_weight_written_to_fails_the_gates(monkeypatch):
+    def and_spoil(model, **kwargs):
+        attach(model, **kwargs)
         next(iter(check.lora.adapters(model).values())).base.weight.data += 1e-3
+    attach = check.lora.attach
     monkeypatch.setattr(check.lora, "attach", and_spoil)
-    assert check.failed(check.run_checks(model, ["gates"]), model.dtype) == ["gates"]
+    assert "gates" in fails(made("llama"))
+
+
+def test_an_export_without_its_scale_fails(monkeypatch):
+    def unscaled(model, folder, **kwargs):
+        export(model, folder, dose=0.5)
+    export = check.export.export_peft
+    monkeypatch.setattr(check.export, "export_peft", unscaled)
+    assert fails(made("llama")) == ["peft"]
 
 
 def test_nan_counts_as_wrong():
     nan = torch.tensor([0.0, math.nan])
     for dtype in (torch.float32, torch.bfloat16):
-        assert check.off(tiny("llama", dtype), nan, torch.zeros(2)) == math.inf
+        assert checks.off(tiny("llama", dtype), nan, torch.zeros(2)) == math.inf
 
 
-# ---- what sampling asks of the machine ----------------------------------------------------------
+# ---- long rope: other factors beyond a length ----------------------------------------------------
 
 
-class Transfers(TorchFunctionMode):
-    """Counts what would wait for a device: values read into Python, tensors moved to the CPU."""
-    WAITS = {"tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__",
-             "nonzero", "__contains__"}
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", "") in self.WAITS:
-            self.seen.append(func.__name__)
-        return func(*args, **(kwargs or {}))
+def long_rope_rows():
+    long, short = checks.token_rows(IDS, 60, apart=9), checks.token_rows(IDS, 30)
+    return [long[0], short[0], long[1], short[1]]
 
 
-def counted(model, v, new, **how):
-    with Transfers() as transfers:
-        sampling.sample(model, Ids, prompts(4), v, [1.0] * 4, max_new_tokens=new, **how)
-    return transfers.seen
+def test_short_rows_beside_long_ones_are_scored_as_alone():
+    model, rows = made("phi3_longrope"), long_rope_rows()
+    prompts, completions = [row[:-4] for row in rows], [row[-4:] for row in rows]
+    together = sampling.score(model, prompts, completions)
+    for p, c, logp in zip(prompts, completions, together):
+        torch.testing.assert_close(logp, sampling.score(model, [p], [c])[0], rtol=0, atol=1e-4)
 
 
-def test_sampling_waits_once_per_token_and_hooks_blocks_once_per_batch(monkeypatch):
-    model, entered, at = tiny("llama"), [], SteeringVector.at
-    models.prepare(model, "llama")  # with sdpa transformers' masks ask one question more
-    model.generation_config.eos_token_id = 127  # which greedy sampling here never draws
-
-    def counting(self, *args, **how):
-        entered.append(1)
-        return at(self, *args, **how)
-    monkeypatch.setattr(SteeringVector, "at", counting)
-    v = vector(model)
-    short, long = (counted(model, v, new, temperature=0) for new in (4, 14))
-    assert len(long) - len(short) == 10, set(long)  # `tolist`, once for each of ten more tokens
-    assert len(entered) == 2
+def test_short_rows_beside_long_ones_are_extracted_as_alone():
+    model, rows = made("phi3_longrope"), long_rope_rows()
+    together = steer.mean_residual(model, rows, [2])[2]
+    alone = torch.stack([steer.mean_residual(model, [row], [2])[2] for row in rows]).mean(0)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
-def test_layers_that_accelerate_moves_give_the_same_tokens_and_scores(tmp_path):
-    """Blocks kept on disk and brought in for each pass: what device_map does, without a GPU."""
-    from accelerate import dispatch_model
-    model, ps = tiny("llama"), prompts(4)
-    v = vector(model, size=2.0)
-
-    def read():
-        tokens = sampling.sample(model, Ids, ps, v, [0, 1, 2, 3], max_new_tokens=8, seed=1)
-        return tokens, torch.cat(sampling.score(model, ps, [[5, 6], [7], [8, 9], [3]]))
-    before = read()
-    where = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu",
-             "lm_head": "cpu"}
-    where |= {f"model.layers.{l}": ("disk", "cpu")[l % 2] for l in range(5)}
-    dispatch_model(model, where, main_device="cpu", offload_dir=tmp_path)
-    assert model.get_decoder().layers[0].mlp.up_proj.weight.is_meta
-    after = read()
-    assert before[0] == after[0]
-    torch.testing.assert_close(before[1], after[1], rtol=0, atol=0)
-
-
-def test_a_multimodal_checkpoint_is_loaded_for_its_text_side(tiny_folder, tmp_path):
-    """AutoModelForCausalLM does not know Mistral 3."""
-    for file in tiny_folder.iterdir():
-        if file.name.startswith(("tokenizer", "chat")):
-            shutil.copy(file, tmp_path)
-    entry = TABLE["mistral3"]
-    wide = entry | {"config": entry["config"] | {"vocab_size": 49152}}  # the tokenizer's
-    check.tiny(wide).save_pretrained(tmp_path)
-    model, tok = models.load(str(tmp_path), "cpu", "float32")
-    check.quick(model, "mistral3")
-    assert type(model).__name__ == "Mistral3ForConditionalGeneration"
-
-
-@pytest.mark.parametrize("name, blocks", [("gptj", "h"), ("bloom", "h"), ("mpt", "blocks")])
-def test_blocks_of_another_name_are_found_and_saved_under_their_own(name, blocks):
-    model = made(name)
-    assert model.get_decoder().layers is getattr(model.transformer, blocks)
-    assert not any("layers" in key for key in model.state_dict())
+def test_short_rows_beside_long_ones_are_calibrated_as_alone():
+    model, rows = made("phi3_longrope"), long_rope_rows()
+    v, doses = vector(model, size=2.0), []
+    for prompts in (rows[1:2] * 40, rows[1:2] * 40 + rows[:1]):  # the long one is in the upper 5 %
+        doses.append(steer.calibrate(model, v, prompts, nats=0.2, tokens=4))
+    assert doses[0] == pytest.approx(doses[1], rel=0.05)

@@ -109,7 +109,7 @@ def peft(model, rows) -> float:
         expected = [plain_logp(student, row, len(row)) for row in rows]
         export.export_peft(student, out)
         lora.detach(student)
-        student = PeftModel.from_pretrained(student, out)
+        student = PeftModel.from_pretrained(student, out, trust_remote_code=False)
         return max(off(model, plain_logp(student, row, len(row)), logp)
                    for row, logp in zip(rows, expected))
 
