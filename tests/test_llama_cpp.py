@@ -64,10 +64,8 @@ def base(tmp_path_factory):
 
 def test_lora_and_merged_checkpoint_answer_as_the_student(embedded, base, tmp_path):
     model, chat = copy.deepcopy(embedded[0]), embedded[1]
-    plain = ours(chat, model)
-    assert theirs(chat, base) == plain
-    healed = ours(chat, student(model, 2))
-    assert healed != plain, "the rounds must show"
+    plain, healed = ours(chat, model), ours(chat, student(model, 2, size=0.03))
+    assert theirs(chat, base) == plain != healed
     export.export_peft(model, tmp_path / "peft")
     adapter = converted("convert_lora_to_gguf.py", tmp_path / "peft", tmp_path / "lora.gguf",
                         "--base", models.embedded_folder())

@@ -73,7 +73,7 @@ def show(e: Estimate, digits: int = 2) -> str:
 
 
 def by_wording(base: Profile, after: Profile) -> str:
-    """`-5.1 to -0.9`: the smallest and the largest Δtrait over the readout's wordings.
+    """`-5.1 to -0.9`: smallest and largest Δtrait over the readout's wordings, or over probes.
 
     Blank where the readout has one wording.
     """
