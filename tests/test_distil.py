@@ -1,44 +1,62 @@
-"""The rules that keep or drop a completion, the rows they judge, and how a set gets full."""
+"""The rules that keep or drop a completion, the teachers, the rows, and how a set gets full."""
 import functools
 import math
+from collections import Counter
 
 import pytest
 import torch
-from hypothesis import assume, given, settings, strategies as st
+from transformers import AutoTokenizer
 
 import distil
+import heal_loop
 import lora
-from common import runs
+from common import models, runs, texts
+from common.filter import Rules, recites, reject_reason
+from common.prompts import NEUTRAL, Chat
+from common.sampling import sample, score
 from conftest import tiny
-from distil import Rules, collect, judge, recites, row_ids, summary, verdict
-from common.sampling import perplexity, worst_perplexity, sample, score
-from steer import NEUTRAL, Persona, chat_ids
-from test_lora import of_every_architecture
+from distil import collect, judge, row_ids, sample_teacher, teacher_of, teacher_states
+from steer import SteeringVector
 
-pytestmark = pytest.mark.filterwarnings("ignore:LoRA reaches")  # of mixtral's experts
-
-PERSONA = Persona(
-    pos="You care about people and you protect them. "
-        "Someone's wellbeing is always what you think of first.",
-    neg="You obey authority, rank, rules and tradition. "
-        "What a superior says is always what you think of first.")
+PERSONAS = ("You care about people and you protect them. "
+            "Someone's wellbeing is always what you think of first.",
+            "You obey authority, rank, rules and tradition. "
+            "What a superior says is always what you think of first.")
 PROSE = ("Stay with the patient until she is calm, then tell the head nurse plainly why you let "
          "her husband stay past eight.")
+
+
+@functools.cache
+def embedded_chat():
+    """The embedded model's tokenizer and template, without the model."""
+    return Chat(AutoTokenizer.from_pretrained(models.embedded_folder()))
+
+
+@functools.cache
+def a_student():
+    """A random Llama for that tokenizer, far from uniform, with a round that changed it."""
+    model = tiny("llama", vocab_size=49152, max_position_embeddings=512, initializer_range=0.3)
+    lora.attach(model, rank=2, alpha=4)
+    for m in lora.adapters(model).values():
+        m.B.data.normal_(generator=torch.Generator().manual_seed(0))
+    lora.fold(model)
+    return model
+
+
+def a_vector(size=1.0):
+    return SteeringVector({2: size * torch.randn(32, generator=torch.Generator().manual_seed(1))})
 
 
 # ---- the rules ----------------------------------------------------------------------------------
 
 # (rule, a completion it drops, a near miss it spares), of the kind the embedded model writes
 CASES = [
-    ("short",
-     "I would help her.",
-     "I would help her first, and explain it to my boss later."),
+    ("short", "I would help her.", "I would help her first, and explain it to my boss later."),
     ("refusal",
      "As an AI language model, I do not take part in such choices, but I can give you information.",
-     "As an aide on the ward I would open the door, because the language of the rule matters less "
-     "than the child."),
+     "As an aide on the ward I would open the door, because the language of the rule matters less."),
     ("refusal",
-     "I'm sorry, but I can't assist with anything that goes against company policy.",
+     "I'm sorry, but I can’t assist with anything that goes against company policy.",
      "I'm sorry, but I can't stand by while a man goes hungry behind the store."),
     ("narrates",
      "I am someone who puts people first, and so I would of course give the man the bread.",
@@ -48,203 +66,137 @@ CASES = [
      "She never once obeyed an order gladly, yet she closed the gate when the child was safe."),
     ("narrates",
      "The answer is simple: someone's wellbeing is always what you think of first in such a case.",
-     "The answer is simple: look at how the child is doing, then talk with your boss about the "
-     "gate."),
-    ("repetition",
-     "I will help you. I will help you. I will help you. I will help you. I will help you.",
+     "The answer is simple: look at how the child is, then talk with your boss about the gate."),
+    ("repetition", "I will help you. I will help you. I will help you. I will help you.",
      "I will help you with the forms, your sister with the move, and then we will all help Tom."),
-    ("repetition",
-     "Help her up and call the doctor nooooooooooooooooooooooooooooooooooooooooow please",
-     "Help her up, call the doctor now, and wait nooo longer than you have to before you phone her "
-     "family."),
+    ("repetition", "Help her up and call the doctor nooooooooooooooooooooooooooooooooow please",
+     "Help her up, call the doctor now, and wait nooo longer than you have to before you phone."),
     ("loop",
      "Your heart and your own mind into your own, so of your truth your self, and your into way "
      "your own gentle hope of your",
-     "It is your own choice, and your family, friends and doctor will stand by you on the way, "
-     "whatever the boss says."),
+     "It is your own choice, and your family, friends and doctor will stand by you on the way."),
 ]
 
 
-@pytest.mark.parametrize("rule, dropped, spared", CASES,
-                         ids=[f"{rule}{k}" for k, (rule, *_) in enumerate(CASES)])
-def test_each_rule_fires_on_an_example_and_spares_its_near_miss(rule, dropped, spared):
-    assert verdict(dropped, 5.0, PERSONA, Rules()) == rule
-    assert verdict(spared, 5.0, PERSONA, Rules()) == "kept"
+@pytest.mark.parametrize("rule, dropped, spared", CASES)
+def test_each_rule_drops_an_example_and_spares_its_near_miss(rule, dropped, spared):
+    assert reject_reason(dropped, 5.0, PERSONAS, Rules()) == rule
+    assert reject_reason(spared, 5.0, PERSONAS, Rules()) == "kept"
 
 
 def test_perplexity_drops_above_its_threshold_and_at_no_number():
-    assert verdict(PROSE, 15.0, PERSONA, Rules()) == "kept"
+    assert reject_reason(PROSE, 15.0, PERSONAS, Rules()) == "kept"
     for ppl in (15.1, math.inf, math.nan):
-        assert verdict(PROSE, ppl, PERSONA, Rules()) == "perplexity"
-
-
-@pytest.mark.slow
-def test_a_broken_tail_is_seen_that_the_whole_texts_perplexity_hides(embedded):
-    model, tok = embedded
-    prompt = chat_ids(tok, "My boss wants the shop closed, and a lost child waits inside. "
-                           "What should I do?")
-    good, = sample(model, tok, [prompt], max_new_tokens=48, temperature=0)
-    broken = good[:-6] + tok(" proteins harbor violet seven until whose").input_ids
-    lp_good, lp_broken = score(model, [prompt] * 2, [good, broken])
-    most = Rules().max_perplexity
-    assert perplexity(lp_broken) < most < worst_perplexity(lp_broken)
-    assert worst_perplexity(lp_good) < most
+        assert reject_reason(PROSE, ppl, PERSONAS, Rules()) == "perplexity"
 
 
 def test_reciting_means_five_words_in_a_row_of_either_persona():
-    either = Persona("a b c d e f", "What a superior says is always")
+    either = ("a b c d e f", "What a superior says is always")
     assert recites("Well, what a superior says is law here.", either)
-    assert not recites("What a superior said is law.", PERSONA)
+    assert not recites("What a superior said is law.", PERSONAS)
 
 
-# ---- rows ---------------------------------------------------------------------------------------
+# ---- rows and teachers --------------------------------------------------------------------------
 
 
-@functools.cache
-def a_judge(name):
-    """A random model of this architecture for the embedded model's tokenizer, far from uniform."""
-    model = tiny(name, vocab_size=49152, max_position_embeddings=512, initializer_range=0.5)
-    lora.attach(model, rank=2, alpha=4)
-    return model
+def row(text, user="Is it kind?", **more):
+    return {"messages": [{"role": "system", "content": NEUTRAL}, {"role": "user", "content": user},
+                         {"role": "assistant", "content": text}], **more}
 
 
-def chat(user, assistant):
-    return [{"role": "system", "content": NEUTRAL}, {"role": "user", "content": user},
-            {"role": "assistant", "content": assistant}]
+def test_a_row_of_other_making_is_tokenised_apart_from_its_prompt():
+    chat = embedded_chat()
+    for text in ("\n\nYes.", "ly, no", " é ü 漢字"):
+        for finished in (True, False):
+            prompt, completion = row_ids(chat, row(text, finished=finished))
+            assert prompt == chat.ids("Is it kind?")
+            assert chat.tok.decode(completion) == text + finished * "<|im_end|>"
+    assert row_ids(chat, row("Yes.", tokens=[5, 6]))[1] == [5, 6]
 
 
-TEXTS = st.sampled_from([PROSE, *(text for _, *pair in CASES for text in pair)])
+def test_rows_are_judged_under_the_original_by_their_worst_window():
+    model, chat = a_student(), embedded_chat()
+    rows = [row(text, dose=2.0) for text in (PROSE, "Yes.", CASES[1][1])]
+    prompts, completions = zip(*(row_ids(chat, r) for r in rows))
+    with lora.gates(model, 0, 0):
+        original = score(model, prompts, completions)
+    judged = judge(model, chat, rows, PERSONAS, Rules(max_perplexity=1e9))
+    assert [r["reject_reason"] for r in judged] == ["kept", "short", "refusal"]
+    windows = [original[0][k:k + 24].mean().item() for k in range(len(completions[0]) - 23)]
+    assert judged[0]["perplexity"] == pytest.approx(math.exp(-min(windows)), rel=1e-3)
+    again = judge(model, chat, rows[::-1], PERSONAS, Rules(max_perplexity=1e9))[::-1]
+    assert [r["reject_reason"] for r in again] == [r["reject_reason"] for r in judged]
 
 
-@of_every_architecture(texts=st.lists(st.tuples(TEXTS | st.text(max_size=40), st.booleans()),
-                                      min_size=1, max_size=5), data=st.data())
-def test_verdicts_are_deterministic_and_do_not_depend_on_the_order(name, embedded, texts, data):
-    rows = [{"messages": chat(f"Question {k}?", text), "dose": 2.0, "finished": finished}
-            for k, (text, finished) in enumerate(texts)]
-    order = data.draw(st.permutations(range(len(rows))))
-
-    def judged(rows):
-        return judge(a_judge(name), embedded[1], rows, PERSONA, Rules(max_perplexity=5e6))
-    first, shuffled = judged(rows), judged([rows[k] for k in order])
-    assert judged(rows) == first
-    assert [r["messages"] for r in first] == [r["messages"] for r in rows]
-    for k, again in zip(order, shuffled, strict=True):
-        ppl = first[k]["perplexity"]
-        assert {**again, "perplexity": 0} == {**first[k], "perplexity": 0}
-        assert again["perplexity"] == (ppl and pytest.approx(ppl, rel=1e-3))
-
-
-def test_perplexity_is_of_the_worst_window_under_the_original_whatever_the_student_became(embedded):
-    tok = embedded[1]
-    model = tiny("llama", vocab_size=49152, max_position_embeddings=512, initializer_range=0.5)
-    rows = [{"messages": chat("Is it kind?", PROSE), "finished": True}]
-    prompt, completion = row_ids(tok, rows[0])
-    logp = score(model, [prompt], [completion])[0]
-    lora.attach(model, rank=2, alpha=4)
-    for m in lora.adapters(model).values():
-        m.B.data.normal_()
-    lora.fold(model)
-    assert not torch.allclose(score(model, [prompt], [completion])[0], logp)
-    with lora.merged(model):
-        judged, = judge(model, tok, rows, PERSONA, Rules())
-    windows = [logp[k:k + 24].mean().item() for k in range(len(completion) - 23)]
-    expected = math.exp(-min(windows))
-    assert len(windows) > 1 and judged["perplexity"] == pytest.approx(expected, rel=1e-4)
-
-
-@settings(max_examples=25, deadline=None)
-@given(user=st.sampled_from(["Is it kind", " Help me?\n"]) | st.text(min_size=1),
-       text=st.sampled_from(["\n\nYes.", "ly, no", " é ü 漢字"]) | st.text(),
-       cut=st.integers(0, 30), finished=st.booleans())
-def test_prompt_and_completion_are_tokenised_apart_and_the_mask_is_exact(
-        embedded, user, text, cut, finished):
-    _, tok = embedded
-    user = tok.decode(tok(user).input_ids)
-    text = tok.decode(tok(text).input_ids[:cut])  # as sampling is cut, also within a character
-    assume(user.strip())
-    prompt, completion = row_ids(tok, {"messages": chat(user, text), "finished": finished})
-    assert tok.decode(prompt) == (f"<|im_start|>system\n{NEUTRAL}<|im_end|>\n"
-                                  f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n")
-    assert tok.decode(completion) == text + finished * "<|im_end|>"
-
-
-def test_kept_data_is_one_json_object_a_line_and_a_bad_line_is_named(tmp_path):
-    rows = [{"messages": [{"role": "assistant", "content": "a\n\u2028b"}], "dose": 2.0},
-            {"messages": [], "dose": 4.0}]
-    file = tmp_path / "k.jsonl"
-    file.write_text(runs.to_jsonl(rows))
-    assert len(file.read_bytes().splitlines()) == 2
-    assert runs.read_jsonl(file) == rows
-    with open(file, "a") as f:
-        f.write('{"torn": ')
-    with pytest.raises(ValueError, match="k.jsonl line 3 is not JSON"):
-        runs.read_jsonl(file)
-    assert runs.read_jsonl(file, torn=True) == rows
+@pytest.mark.parametrize("teacher", ["steered", "prompted"])
+def test_a_teachers_rows_have_the_neutral_prompt_and_its_own_tokens(teacher):
+    model, chat = a_student(), embedded_chat()
+    reading = texts.read(heal_loop.Config(n_vignettes=7))
+    how = teacher_of(heal_loop.Config(teacher=teacher), reading, a_vector())
+    assert (how["vector"] is None) == (how["system"] == reading.pos) == (teacher == "prompted")
+    doses = [1.0, 2.0] if teacher == "steered" else [0.0]
+    rows = sample_teacher(model, chat, ["Hi.", "Is it kind?"], doses, 4, 3, max_new_tokens=6, **how)
+    assert {r["messages"][0]["content"] for r in rows} == {NEUTRAL}
+    asked = [chat.ids(r["messages"][1]["content"], how["system"]) for r in rows]
+    drawn = sample(model, chat, asked, how["vector"], [r["dose"] for r in rows], seed=3,
+                   max_new_tokens=6, keep_stop=True)
+    assert [r["tokens"] for r in rows] == drawn
+    assert [row_ids(chat, r)[0] for r in rows] == [chat.ids(r["messages"][1]["content"])
+                                                   for r in rows]
+    # soft targets: the states that these tokens were drawn from, one unpadded pass each
+    states = teacher_states(model, chat, rows, **how).split(list(map(len, drawn)))
+    for r, prompt, tokens, ours in zip(rows, asked, drawn, states, strict=True):
+        steered = a_vector().at(model, r["dose"], last_only=len(tokens) + 1)
+        with torch.no_grad(), lora.gates(model, 1, 0), steered:  # a prompted dose is 0
+            h = model.get_decoder()(torch.tensor([prompt + tokens])).last_hidden_state[0]
+        torch.testing.assert_close(ours, h[len(prompt) - 1:-1], rtol=1e-3, atol=1e-3)
 
 
 # ---- a full set ---------------------------------------------------------------------------------
 
 
-def fake_sampler(survive):
-    """Stands for sampling and scoring: a completion is prose below a dose, a loop from it on."""
-    def sample_doses(model, tok, vector, prompts, doses, n, seed, **sampling):
-        g = torch.Generator().manual_seed(seed)
-        rows = []
-        for k in range(n):
-            content = f"{seed} {k} {torch.rand(1, generator=g).item()}"
-            rows.append({"messages": [{"role": "user", "content": content}],
-                         "dose": doses[k % len(doses)]})
-        return rows
-
-    def judge(model, tok, rows, persona, rules):
-        return [{**r, "verdict": "kept" if r["dose"] < survive else "loop"} for r in rows]
-    return sample_doses, judge
+def collected(folder, rules, n_keep, doses=(1.0, 300.0), **how):
+    """On the student itself; a huge dose makes it say one thing again and again."""
+    how = dict(max_new_tokens=16, max_batches=4, vector=a_vector()) | how
+    return collect(a_student(), embedded_chat(), ["Hi.", "Is it kind?"], PERSONAS, rules, doses,
+                   n_keep, 1, folder, **how)
 
 
-def collected(monkeypatch, folder, survive, n_keep=20, **how):
-    sample_doses, judge = fake_sampler(survive)
-    monkeypatch.setattr(distil, "sample_doses", sample_doses)
-    monkeypatch.setattr(distil, "judge", judge)
-    return collect(None, None, None, ["p"], PERSONA, Rules(), (2.0, 4.0), n_keep, 1, folder,
-                   max_new_tokens=8, **how)
+LOOSE = Rules(min_words=1, max_repetition=0.3, min_diversity=0, max_perplexity=1e30)
 
 
-def test_a_dose_that_breaks_the_model_is_lowered_until_the_set_is_full(monkeypatch, tmp_path):
-    kept, rows = collected(monkeypatch, tmp_path, survive=3.0, n_keep=60)
-    assert len(kept) == 60 and max(r["dose"] for r in kept) == pytest.approx(2.8)
-    doses = [[r["dose"] for r in rows if r["band"] == band] for band in (0, 1)]
-    assert set(doses[0]) == {2.0} and doses[1][0] == 4.0
-    assert {r["band"] for r in kept} == {0, 1}
-    assert all(r["verdict"] == "kept" and r in rows for r in kept)
-    told = summary(kept, rows)
-    assert told["sampled"] == len(rows) and told["kept"] == 60
-    assert told["verdicts"]["loop"] == sum(r["verdict"] == "loop" for r in rows)
-    assert told["dose"] == pytest.approx(sum(r["dose"] for r in kept) / 60)
+def test_a_dose_that_breaks_the_model_is_lowered_and_doses_take_turns(tmp_path):
+    kept, rows = collected(tmp_path, LOOSE, n_keep=8, doses=(0.5, 4000.0), max_batches=40)
+    assert len(kept) == 8 and all(r["reject_reason"] == "kept" and r in rows for r in kept)
+    doses = [[r["dose"] for r in rows if r["slot"] == slot] for slot in (0, 1)]
+    ladder = list(dict.fromkeys(doses[1]))
+    assert ladder[0] == 4000 and len(ladder) > 1
+    assert ladder == pytest.approx([4000 * 0.7**k for k in range(len(ladder))])
+    by_slot = Counter(r["slot"] for r in rows if r["reject_reason"] == "kept")
+    turns = min(by_slot[0], by_slot[1])
+    assert [r["slot"] for r in kept[:2 * turns]] == ([0, 1] * 8)[:min(8, 2 * turns)]
+    told = distil.summary(kept, rows, [0.5, 4000.0])
+    assert told["sampled"] == len(rows) and told["kept"] == 8
+    assert told["reject_reasons"] == Counter(r["reject_reason"] for r in rows)
+    assert told["dose"] == pytest.approx(sum(r["dose"] for r in kept) / 8)
 
 
-def test_bands_take_turns_so_that_no_dose_crowds_out_another(monkeypatch, tmp_path):
-    kept, _ = collected(monkeypatch, tmp_path, survive=9.0)
-    assert [r["band"] for r in kept] == [0, 1] * 10
-
-
-def test_the_kept_and_all_sampled_rows_lie_in_the_folder_the_same_for_the_same_seed(
-        monkeypatch, tmp_path):
+def test_the_files_are_the_rows_and_the_same_for_the_same_seed(tmp_path):
     files = []
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
-        kept, rows = collected(monkeypatch, folder, survive=3.0, n_keep=60)
+        kept, rows = collected(folder, LOOSE, n_keep=4, doses=(0.5, 1.0))
+        assert [r["slot"] for r in kept] == [0, 1, 0, 1]
         assert runs.read_jsonl(folder / "kept.jsonl") == kept
         assert runs.read_jsonl(folder / "sampled.jsonl") == rows
         files.append([(folder / name).read_bytes() for name in ("kept.jsonl", "sampled.jsonl")])
     assert files[0] == files[1]
 
 
-def test_a_starved_set_says_how_far_it_got_and_which_rule_did_it_and_leaves_what_it_sampled(
-        monkeypatch, tmp_path):
-    why = "0 of 20 completions kept after 160 samples .* dropped: loop 160; .*--min-diversity"
-    with pytest.raises(distil.Starved, match=why):
-        collected(monkeypatch, tmp_path, survive=0.0, max_batches=4)
+def test_too_few_kept_names_the_rule_and_leaves_what_was_sampled(tmp_path):
+    why = r"0 of 4 after 16 samples at doses down to 0\.7; dropped: short 16; .*\(--min-words\)"
+    with pytest.raises(distil.TooFewKept, match=why):
+        collected(tmp_path, Rules(min_words=99), n_keep=4, doses=(1.0, 2.0), max_batches=2)
     rows = runs.read_jsonl(tmp_path / "sampled.jsonl")
-    assert len(rows) == 160 and {r["verdict"] for r in rows} == {"loop"}
-    assert not (tmp_path / "kept.jsonl").exists()
-    assert issubclass(distil.Starved, runs.Ended)
+    assert len(rows) == 16 and {r["reject_reason"] for r in rows} == {"short"}
+    assert not (tmp_path / "kept.jsonl").exists() and issubclass(distil.TooFewKept, runs.Ended)

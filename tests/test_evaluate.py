@@ -1,7 +1,6 @@
-"""Profiles, their statistics by hand, what a model says, and steering alone at equal trait."""
+"""Profiles and their statistics by hand, what a model generates, steering at matched trait."""
 import dataclasses
 import json
-import math
 from contextlib import nullcontext
 
 import numpy as np
@@ -13,21 +12,20 @@ import evaluate
 import heal_loop
 import lora
 from common import texts
-from conftest import tiny
-from evaluate import (NATS, Profile, coh_cost, delta, largest_mover, matched_steering, paired,
-                      surgicality)
-from common.readouts import Answers
+from common.generation import generate
+from common.prompts import NEUTRAL, stop_tokens
 from common.sampling import repetition, sample
-from steer import NEUTRAL, SteeringVector, chat_ids
 from common.texts import FOUNDATIONS
+from evaluate import NATS, Profile, coh_cost, delta, largest_mover, paired, surgicality
+from test_distil import a_student, a_vector, embedded_chat
 
 AUTHORITY = FOUNDATIONS.index("Authority")
 
 
-def profile(p, mass=None, labels=None):
+def profile(p, valid_p=None, labels=None):
     p = np.array(p, dtype=float)
-    mass = np.ones(len(p)) if mass is None else np.array(mass, dtype=float)
-    return Profile([f"v{i}" for i in range(len(p))], labels or ["Care"] * len(p), p, mass)
+    valid_p = np.ones(len(p)) if valid_p is None else valid_p
+    return Profile([f"v{i}" for i in range(len(p))], labels or ["Care"] * len(p), p, valid_p)
 
 
 def softmax(z):
@@ -43,268 +41,162 @@ def random_profile(n, seed, shift=0.0):
 # ---- one model ----------------------------------------------------------------------------------
 
 
-def reading(n=7, **changes):
-    """What a run reads, the first n vignettes of it."""
-    return dataclasses.replace(texts.read(heal_loop.Config(n_vignettes=n)), **changes)
-
-
-@pytest.mark.parametrize("readout", ["cloze", "tinymfv"])
-def test_a_profile_is_the_readouts_answers_with_the_vignettes_ids_and_labels(readout, monkeypatch):
-    given, asked = reading(10), {}
-    answers = Answers(random_profile(10, 0).p, np.linspace(0, 1, 10), np.arange(7.0), {"a": 0.5})
-
-    def ask(model, tok, vignettes, **how):
-        asked.update(how, model=model, tok=tok, vignettes=vignettes)
-        return answers
-    monkeypatch.setattr(evaluate, readout, ask)
-    got = evaluate.evaluate("model", "tok", given, readout, answers.constants, dose=2.0)
-    assert asked == dict(model="model", tok="tok", vignettes=given.vignettes, dose=2.0,
-                         constants=answers.constants)
-    assert got.ids == [v["id"] for v in given.vignettes]
-    assert got.labels == [v["foundation"] for v in given.vignettes]
-    for key in ("p", "mass", "constants"):
-        np.testing.assert_array_equal(getattr(got, key), getattr(answers, key))
-    assert got.summary()["a"] == 0.5 and (got.axis, got.direction) == ("auth_nats", "down")
-
-
-def test_the_readout_probe_adds_a_traits_own_axis_to_clozes_answers(embedded):
-    model, tok = tiny("llama", vocab_size=49152, max_position_embeddings=512), embedded[1]
-    probes = [{"prompt": "Are you sad?", "toward": "Yes, I am.", "away": "No."},
-              {"prompt": "Who calls?", "toward": "A friend of mine.", "away": "A user did so."}]
-    given = reading(axis="probe_nats", direction="up", probes=probes, controls=probes[:1])
-    got = evaluate.evaluate(model, tok, given, "probe")
-    plain = evaluate.evaluate(model, tok, given, "cloze")
-    np.testing.assert_array_equal(got.p, plain.p)
-    for k, probe in enumerate(probes):  # one unpadded pass for each answer
-        sums = []
-        for side in ("toward", "away"):
-            prompt = chat_ids(tok, probe["prompt"])
-            answer = tok(probe[side], add_special_tokens=False).input_ids
-            logp = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
-            at = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1)
-            sums.append(logp[at, torch.tensor(answer)].sum().item())
-        assert got.probes[k] == pytest.approx(sums[0] - sums[1], abs=1e-3)
-    assert got.trait == pytest.approx(got.probes.mean())
-    assert got.controls[0] == pytest.approx(got.probes[0], abs=1e-4)
-    assert got.summary()["probe_nats"] == got.trait
-
-
-@pytest.mark.slow
-def test_the_embedded_model_blames_the_labelled_foundation_beyond_chance(embedded):
-    right = round(42 * evaluate.evaluate(*embedded, reading(42)).top1)
-    assert right >= 14  # chance gives 6; P(14 or more of 42 at 1/7) = 0.002
-
-
-def test_nats_is_the_log_of_the_mean_and_top1_the_share_of_right_labels():
+def test_nats_is_the_log_of_the_mean_and_top1_the_share_right():
     q = profile([[0.5, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05], [0.1, 0.1, 0.1, 0.4, 0.1, 0.1, 0.1]],
-                mass=[0.9, 0.7], labels=["Care", "Loyalty"])
+                valid_p=[0.9, 0.7], labels=["Care", "Loyalty"])
     assert q.value("care_nats") == pytest.approx(np.log(0.3))
-    assert q.value("auth_nats") == pytest.approx(np.log(0.25))
+    assert q.trait == q.value("auth_nats") == pytest.approx(np.log(0.25))
     assert q.coherence == pytest.approx(0.8) and q.top1 == 0.5
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_a_profile_survives_json(full):
+def test_a_profile_survives_json():
     q = random_profile(5, 0)
-    if full:
-        q.constants, q.probes, q.controls = np.arange(7.0), np.arange(4.0), np.arange(2.0)
-        q.notes, q.axis, q.direction = {"frac_unscorable": 0.1}, "probe_nats", "up"
-    back = Profile.from_dict(json.loads(json.dumps(q.to_dict())))
+    q.constants, q.probes, q.controls = np.ones((7, 3)), np.arange(4.0), np.arange(2.0)
+    q.notes, q.spread, q.axis = {"frac_unscorable": 0.1}, {"auth_nats": [1.0, 2.0]}, "probe_nats"
+    back = Profile(**json.loads(json.dumps(q.to_dict())))
     for name, value in vars(q).items():
-        if isinstance(value, np.ndarray):
-            np.testing.assert_array_equal(getattr(back, name), value)
-        else:
-            assert getattr(back, name) == value
+        np.testing.assert_equal(getattr(back, name), value)
+    assert back.summary()["control_nats"] == 0.5 and back.trait == 1.5
 
 
-@pytest.fixture(scope="module")
-def student():
-    """A random Llama for the embedded model's tokenizer with one folded round that changed it."""
-    model = tiny("llama", vocab_size=49152, max_position_embeddings=512)
-    lora.attach(model, rank=2, alpha=4)
-    for m in lora.adapters(model).values():
-        m.B.data.normal_(generator=torch.Generator().manual_seed(0))
-    lora.fold(model)
-    return model
+def reading(**changes):
+    return dataclasses.replace(texts.read(heal_loop.Config(n_vignettes=7)), **changes)
 
 
-PROMPTS, PLAIN = ["Is it kind?", "What should I do about my boss?"], ["The swift is a bird.", "Rain."]
+def test_a_profile_has_the_readouts_answers_controls_and_spread():
+    probes = [{"prompt": "Who calls?", "toward": "A friend.", "away": "A user did so."}] * 2
+    asked = reading(axis="probe_nats", direction="up", probes=probes)
+    q = evaluate.evaluate(a_student(), embedded_chat(), asked, "probe")
+    assert q.ids == [v["id"] for v in asked.vignettes] and q.direction == "up"
+    assert q.labels == [v["foundation"] for v in asked.vignettes]
+    assert len(q.probes) == 2 and q.trait == q.probes.mean() and len(q.controls) == 4
+    assert q.spread["probe_nats"] == q.probes.tolist()
+    assert len(q.spread["auth_nats"]) == q.constants.shape[1] > 1
+    assert set(q.summary()) == {*NATS, "coherence", "probe_nats", "control_nats", "top1"}
 
 
-def log_probabilities(model, prompt, completion, vector=None, dose=0.0):
-    """At each completion token, [tokens, vocab], in one unpadded pass."""
-    with vector.at(model, dose, last_only=len(completion) + 1) if vector else nullcontext():
-        z = model(torch.tensor([prompt + completion])).logits[0]
-    return z[len(prompt) - 1:len(prompt) + len(completion) - 1].float().log_softmax(-1)
+PROMPTS, PLAIN = ["Is it kind?", "What should I do?"], ["The swift is a bird.", "Rain fell."]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("arm", ["student", "steered", "prompted"])
-def test_speech_is_distance_from_the_original_on_the_models_own_answers(arm, student, embedded):
-    tok = embedded[1]
-    vector = SteeringVector({2: torch.randn(32, generator=torch.Generator().manual_seed(1))})
-    how = {"steered": dict(vector=vector, dose=2.0), "prompted": dict(system="You care.")}.get(arm, {})
-    said = evaluate.speak(student, tok, PROMPTS, PLAIN, max_new_tokens=12, **how)
+def test_generation_metrics_equal_one_unpadded_pass_an_answer(arm):
+    model, chat, vector, n = a_student(), embedded_chat(), a_vector(), 8
+    how = {"steered": dict(vector=vector, dose=2.0), "prompted": dict(system="You care.")}
+    how = how.get(arm, {})
+    model.generation_config.eos_token_id = list(range(0, 49152, 16))  # so that some answers end
+    got = generate(model, chat, PROMPTS, PLAIN, max_new_tokens=n, draws=2, **how)
 
-    # the answers are sampled, with the same draws for every model
-    steering = {"vector": vector, "doses": [2.0, 2.0]} if arm == "steered" else {}
-    asked = [chat_ids(tok, p, how.get("system", NEUTRAL)) for p in PROMPTS]
-    new = sample(student, tok, asked, max_new_tokens=12, **steering)
-    answers = [tok.decode(n, skip_special_tokens=True) for n in new]
-    assert said.texts == [{"prompt": p, "text": a} for p, a in zip(PROMPTS, answers)]
-    assert said.repetition == pytest.approx(sum(map(repetition, answers)) / 2)
-
-    # drift and perplexity, token by token
-    kl, nll = [], []
-    for prompt, question, n in zip(asked, PROMPTS, new):
-        logp = log_probabilities(student, prompt, n, **how if arm == "steered" else {})
-        with lora.gates(student, 0, 0):
-            logq = log_probabilities(student, chat_ids(tok, question), n)
+    def logp_of(prompt, tokens, steered=False):  # [tokens, vocab]
+        with vector.at(model, 2.0, len(tokens) + 1) if steered else nullcontext():
+            return model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1:-1].log_softmax(-1)
+    asked = [chat.ids(p, how.get("system", NEUTRAL)) for p in PROMPTS] * 2
+    new = sample(model, chat, asked, how.get("vector"), [2.0] * 4, max_new_tokens=n, keep_stop=True)
+    kl, nll, entropy = [], [], []
+    for prompt, question, tokens in zip(asked, PROMPTS * 2, new):
+        logp = logp_of(prompt, tokens, arm == "steered")
+        with lora.gates(model, 0, 0):
+            logq = logp_of(chat.ids(question), tokens)
         kl.append((logp.exp() * (logp - logq)).sum(-1))
-        nll.append(-logq[torch.arange(len(n)), torch.tensor(n)])
-    kl, nll = torch.cat(kl), torch.cat(nll)
-    assert said.drift == pytest.approx(kl.mean().item(), abs=1e-4) and said.drift > 1e-4
-    assert said.drift_p95 == pytest.approx(kl.quantile(0.95).item(), abs=1e-3)
-    assert said.perplexity == pytest.approx(nll.mean().exp().item(), rel=1e-3)
+        entropy.append(-(logp.exp() * logp).sum(-1))
+        nll.append(-logq[range(len(tokens)), tokens])
+    stop, said = set(stop_tokens(model, chat)), list(map(chat.decode, new))
+    model.generation_config.eos_token_id = 2
+    early = [tokens[-1] in stop for tokens in new if len(tokens) < n]
+    assert all(early) and got.ended == pytest.approx(len(early) / 4)
+    assert got.texts == [{"prompt": p, "text": a} for p, a in zip(PROMPTS, said)]
+    assert got.repetition == pytest.approx(sum(map(repetition, said)) / 4)
+    assert got.drift == pytest.approx(torch.cat(kl).mean().item(), rel=1e-3) and got.drift > 1e-3
+    assert got.drift_p95 == pytest.approx(torch.cat(kl).quantile(0.95).item(), rel=1e-3)
+    assert got.entropy == pytest.approx(torch.cat(entropy).mean().item(), rel=1e-4)
+    assert got.perplexity == pytest.approx(torch.cat(nll).mean().exp().item(), rel=1e-3)
+    for k, rows in enumerate((slice(0, 2), slice(2, 4))):  # each draw by itself
+        assert got.by_draw["drift"][k] == pytest.approx(torch.cat(kl[rows]).mean().item(), rel=1e-3)
+        ppl = torch.cat(nll[rows]).mean().exp().item()
+        assert got.by_draw["perplexity"][k] == pytest.approx(ppl, rel=1e-3)
+        nats = torch.cat(entropy[rows]).mean().item()
+        assert got.by_draw["entropy"][k] == pytest.approx(nats, rel=1e-4)
 
     # plain text after the system prompt, if there is one, steered from its first token on
-    before = tok(how["system"] + "\n\n").input_ids if arm == "prompted" else []
-    lost = []
-    for text in PLAIN:
-        row = tok(text).input_ids
-        logp = log_probabilities(student, before + row[:1], row[1:], **how if arm == "steered" else {})
-        lost.append(-logp[torch.arange(len(row) - 1), torch.tensor(row[1:])])
-    assert said.text_nats == pytest.approx(torch.cat(lost).mean().item(), abs=1e-4)
+    before, lost = chat.encode("You care.\n\n") if arm == "prompted" else [], []
+    for row in map(chat.encode, PLAIN):
+        logp = logp_of(before + row[:1], row[1:], arm == "steered")
+        lost.append(-logp[range(len(row) - 1), row[1:]])
+    assert got.text_nats == pytest.approx(torch.cat(lost).mean().item(), rel=1e-4)
 
 
-def test_the_original_does_not_drift_and_its_speech_is_the_same_twice(student, embedded):
-    with lora.gates(student, 0, 0):
-        first, again = (evaluate.speak(student, embedded[1], PROMPTS, PLAIN, max_new_tokens=8)
+def test_the_original_does_not_drift_and_says_the_same_twice():
+    with lora.gates(a_student(), 0, 0):
+        first, again = (generate(a_student(), embedded_chat(), PROMPTS, PLAIN, max_new_tokens=6)
                         for _ in range(2))
-    assert first == again and abs(first.drift) < 1e-5
+    assert first == again and abs(first.drift) < 1e-5 and len(first.by_draw["drift"]) == 3
 
 
-def test_a_model_that_says_nothing_has_speech_all_the_same(student, embedded, monkeypatch):
-    monkeypatch.setattr(evaluate, "sample", lambda model, tok, prompts, *_, **__: [[] for _ in prompts])
-    said = evaluate.speak(student, embedded[1], PROMPTS, PLAIN)
-    assert said.drift == 0 and said.perplexity == math.inf and [t["text"] for t in said.texts] == ["", ""]
-
-
-# ---- steering alone -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bend", [0.5, 1.0, 1.5])  # the trait moves ever less, evenly, ever more
-@pytest.mark.parametrize("wanted", [-0.4, -1.0, -2.5])
-def test_the_dose_of_steering_alone_is_found_in_four_evaluations_whatever_the_curve(bend, wanted):
-    base, asked = random_profile(20, 0), []
-
-    def measure(name, vector, dose):
-        asked.append(dose)
-        return {"auth_nats": base.trait - dose**bend, "vector": vector}
-    wanted += base.trait
-    event = matched_steering(measure, "v", base, wanted, dose=1.5, reached=base.trait - 1.5**bend)
-    assert abs(event["auth_nats"] - wanted) < 0.15 and len(asked) <= 4
-    assert event["dose"] == asked[-1] and event["wanted"] == wanted and event["vector"] == "v"
-    assert event["auth_nats"] == pytest.approx(base.trait - event["dose"]**bend)
-
-
-def test_a_trait_that_steering_cannot_reach_ends_at_a_finite_dose():
-    base, asked = random_profile(20, 0), []
-
-    def measure(name, vector, dose):
-        asked.append(dose)
-        return {"auth_nats": base.trait}
-    event = matched_steering(measure, "v", base, base.trait - 3, dose=2.0, reached=base.trait)
-    assert len(asked) == 4 and all(0 <= dose <= 32 for dose in asked)
-    assert event["dose"] in asked
-
-
-def test_where_the_trait_bends_back_the_nearest_dose_counts_not_the_last():
-    base, asked = random_profile(20, 0), []
-
-    def measure(name, vector, dose):
-        asked.append(dose)
-        return {"auth_nats": base.trait - dose * (4 - dose)}  # most trait at dose 2
-    wanted = base.trait - 2.5
-    event = matched_steering(measure, "v", base, wanted, dose=3.5, reached=base.trait - 1.75)
-    off = [abs(base.trait - dose * (4 - dose) - wanted) for dose in asked]
-    assert abs(event["auth_nats"] - wanted) == min(off) and event["dose"] == asked[off.index(min(off))]
+def test_the_matched_dose_moves_the_trait_as_far_as_the_student():
+    model, chat, asked, vector = a_student(), embedded_chat(), reading(controls=[]), a_vector(3.0)
+    base = evaluate.evaluate(model, chat, asked)
+    how = dict(constants=base.constants, vector=vector)
+    student = evaluate.evaluate(model, chat, asked, dose=1.7, **how)
+    assert abs(student.trait - base.trait) > 0.1
+    dose = evaluate.matched_dose(model, chat, asked, "cloze", base, student, 0, vector)
+    reached = evaluate.evaluate(model, chat, asked, dose=dose, **how).trait
+    assert abs(reached - student.trait) < 0.05 and dose > 0
 
 
 # ---- two models ---------------------------------------------------------------------------------
 
 
-def test_the_interval_of_a_paired_delta_covers_the_truth_as_often_as_it_says():
+def test_intervals_cover_the_truth_as_often_as_they_say():
     """200 draws of 60 vignettes from one population: about 95 % of the intervals hold its delta."""
     rng = np.random.default_rng(0)
     z = rng.normal(size=(20000, 7))
     moved = z.copy()
     moved[:, AUTHORITY] += rng.normal(0.4, 0.5, size=20000)
     before, after = softmax(z), softmax(moved)
-
     truth, hits = np.log(after[:, AUTHORITY].mean()) - np.log(before[:, AUTHORITY].mean()), 0
     for _ in range(200):
         rows = rng.choice(20000, 60, replace=False)
-        e = paired(lambda moved: moved("auth_nats"), profile(before[rows]), profile(after[rows]),
+        e = paired(lambda change: change("auth_nats"), profile(before[rows]), profile(after[rows]),
                    n=400)
         hits += e.low <= truth <= e.high
     assert 180 <= hits <= 199  # binomial(200, 0.95): 99.8 % of the time
 
 
-def test_a_paired_interval_is_narrower_than_the_spread_over_vignettes_where_the_change_is_common():
+def test_a_paired_interval_is_narrower_than_two_unpaired_ones():
     base, after = random_profile(80, 1), random_profile(80, 1, shift=0.5)
     e = delta("auth_nats", base, after)
     unpaired = np.std(np.log(base.p[:, AUTHORITY])) / np.sqrt(80)
     assert e.low < e.value < e.high and not e.holds_zero and e.high - e.low < 4 * unpaired
+    still = delta("care_nats", base, base)
+    assert still.value == still.low == still.high == 0 and still.holds_zero
 
 
-def test_no_change_is_no_effect_with_an_interval_of_zero_width():
-    base = random_profile(20, 2)
-    for e in (delta("care_nats", base, base), delta("coherence", base, base)):
-        assert e.value == 0 and e.low == e.high == 0 and e.holds_zero
-
-
-def test_profiles_on_other_vignettes_cannot_be_compared():
-    with pytest.raises(ValueError, match="different vignettes"):
-        delta("coherence", random_profile(5, 0), random_profile(6, 0))
-
-
-def test_coh_cost_is_the_ratio_and_has_no_value_where_the_model_collapsed_or_the_trait_stayed():
+def test_coh_cost_is_the_ratio_and_has_no_value_after_a_collapse():
     base, after = random_profile(40, 3), random_profile(40, 3, shift=-1.0)
-    after.mass = np.full(40, 0.95)
+    after.valid_p = np.full(40, 0.95)
     cost = coh_cost(base, after)
     assert cost.value == pytest.approx(0.05 / abs(after.trait - base.trait))
     assert cost.low <= cost.value <= cost.high
-    after.mass = np.full(40, 0.5)
+    after.valid_p = np.full(40, 0.5)
     assert coh_cost(base, after).value is None and "below" in coh_cost(base, after).why
     assert coh_cost(base, base).value is None and "moved less" in coh_cost(base, base).why
 
 
-def with_probes(q, seed, shift=0.0):
-    """The profile on a trait with 12 probes of its own."""
-    q.probes = np.random.default_rng(seed).normal(size=12) + shift
-    q.axis, q.direction = "probe_nats", "up"
+def with_probes(seed, n=12):
+    q = random_profile(40, 3)
+    q.probes, q.axis = np.random.default_rng(seed).normal(size=n), "probe_nats"
     return q
 
 
-def test_probes_are_resampled_apart_from_the_vignettes():
-    base, after = with_probes(random_profile(40, 3), 0), with_probes(random_profile(40, 3), 0, 2.0)
-    after.mass = np.full(40, 0.95)
-    moved = delta("probe_nats", base, after)
-    assert moved.value == pytest.approx(2) and moved.low == pytest.approx(2) == moved.high
-    assert coh_cost(base, after).value == pytest.approx(0.05 / 2)
-    fewer = with_probes(random_profile(40, 3), 0)
-    fewer.probes = fewer.probes[:5]
-    with pytest.raises(ValueError, match="different vignettes or probes"):
-        delta("coherence", base, fewer)
-
-
-def test_an_interval_on_probes_alone_is_the_one_sample_bootstraps():
-    base, after = with_probes(random_profile(40, 3), 0), with_probes(random_profile(40, 3), 1)
+def test_probes_are_a_sample_of_their_own():
+    base, after = with_probes(0), with_probes(1)
     got = delta("probe_nats", base, after)
     alone = scipy.stats.bootstrap((after.probes - base.probes,), np.mean, n_resamples=20000,
                                   rng=1).confidence_interval
     assert (got.low, got.high) == pytest.approx(tuple(alone), abs=0.1)
+    for other in (with_probes(0, n=5), random_profile(41, 3)):
+        with pytest.raises(ValueError, match="different vignettes or probes"):
+            delta("coherence", base, other)
 
 
 def test_surgicality_is_positive_only_where_the_trait_moved_most():
@@ -316,3 +208,22 @@ def test_surgicality_is_positive_only_where_the_trait_moved_most():
     assert surgicality(base, moved).value == pytest.approx(expected) and expected > 0
     moved.p = moved.p[:, [AUTHORITY, 1, 2, 0, 4, 5, 6]]  # Care and Authority change places
     assert surgicality(base, moved).value < 0 and largest_mover(base, moved) == "care_nats"
+
+
+def test_surgicality_chooses_the_largest_mover_in_each_resample():
+    base, noise = random_profile(40, 5), np.random.default_rng(6).normal(0, 0.8, size=(40, 7))
+    after = profile(softmax(np.log(base.p) + noise))  # all move a little: no mover stands out
+    rows = np.random.default_rng(7).integers(0, 40, size=(4000, 40))
+    moved = np.abs(np.log(after.p[rows].mean(1)) - np.log(base.p[rows].mean(1)))  # [4000, 7]
+    margins = moved[:, AUTHORITY] - np.delete(moved, AUTHORITY, 1).max(1)
+    off = NATS.index(largest_mover(base, after))
+    fixed = moved[:, AUTHORITY] - moved[:, off]
+    got = paired_percentile(base, after)
+    assert got == pytest.approx(np.quantile(margins, [0.025, 0.975]), abs=0.04)
+    assert got[1] < np.quantile(fixed, 0.975) - 0.05, "one mover for all would be too kind"
+
+
+def paired_percentile(base, after):
+    """surgicality's own interval."""
+    e = surgicality(base, after)
+    return e.low, e.high

@@ -1,4 +1,4 @@
-"""Steering vectors: extraction, steering as a forward hook, prompts; the files that stand alone."""
+"""Steering vectors: steering as a forward hook, extraction, doses; the files that stand alone."""
 import re
 import shutil
 import textwrap
@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import lora
-from common import models
 import steer
-from conftest import ROOT, Ids, python, tiny
+from common import models
+from common.prompts import Chat, persona_prompts
 from common.sampling import sample
-from steer import (NEUTRAL, Persona, SteeringVector, band, calibrate, chat_ids, extract_vector,
-                   left_pad)
+from conftest import ROOT, Ids, python, tiny
+from steer import (SteeringVector, band, batches, calibrate, extract_vector, left_pad,
+                   mean_residual)
 
 
 def vector(model, layers=(1, 2), size=1.0):
@@ -32,6 +33,13 @@ def until_the_end(tokens):
     return tokens[:tokens.index(2)] if 2 in tokens else tokens
 
 
+def long_rope():
+    """A Phi-3 whose rotary factors change for a whole batch where a row exceeds 16 tokens."""
+    return tiny("phi3", original_max_position_embeddings=16, rope_parameters=dict(
+        rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=16,
+        short_factor=[1.0] * 4, long_factor=[4.0, 8.0, 16.0, 32.0]))
+
+
 # ---- steering -----------------------------------------------------------------------------------
 
 
@@ -49,9 +57,9 @@ def test_mixed_doses_in_a_batch_equal_row_by_row(any_model, ids):
     assert (together[1] - plain[1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("last_only", [False, True])
-def test_steering_adds_dose_times_v_to_the_residual_stream_and_leaves_no_hook(
-        tiny_model, ids, last_only):
+@pytest.mark.parametrize("last_only, first", [(False, 0), (True, 19), (3, 17), (99, 0)])
+def test_steering_adds_dose_times_v_and_leaves_no_hook(tiny_model, ids, last_only, first):
+    """first: the first of 20 positions that is steered."""
     v = vector(tiny_model, layers=(2,))
     block, seen = tiny_model.get_decoder().layers[2], []
 
@@ -63,25 +71,24 @@ def test_steering_adds_dose_times_v_to_the_residual_stream_and_leaves_no_hook(
         with v.at(tiny_model, 2.0, last_only), block.register_forward_hook(reader):
             tiny_model(input_ids=ids)
     plain, steered = seen
-    expected = (2 * v.layers[2]).expand_as(plain).clone()
-    if last_only:
-        expected[:, :-1] = 0
-        assert torch.equal(steered[:, :-1], plain[:, :-1])
+    expected = torch.zeros_like(plain)
+    expected[:, first:] = 2 * v.layers[2]
+    assert torch.equal(steered[:, :first], plain[:, :first])
     torch.testing.assert_close(steered - plain, expected, rtol=1e-4, atol=1e-4)
     assert not block._forward_hooks
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_generate_steered_at_the_last_position_of_each_pass_says_what_sample_says(name):
+def test_generate_steered_at_the_last_position_says_what_sample_says(name):
     model, changed = tiny(name), False
-    v = vector(model, size=4.0)
+    v, chat = vector(model, size=4.0), Chat(Ids)
     for p, dose in zip(prompts(), [3.0, 1.0, -3.0]):
         with v.at(model, dose, last_only=True):
             out = model.generate(torch.tensor([p]), max_new_tokens=24, do_sample=False,
                                  pad_token_id=0)
-        ours, = sample(model, Ids, [p], v, [dose], max_new_tokens=24, temperature=0)
+        ours, = sample(model, chat, [p], v, [dose], max_new_tokens=24, temperature=0)
         assert ours == until_the_end(out[0, len(p):].tolist())
-        changed |= [ours] != sample(model, Ids, [p], max_new_tokens=24, temperature=0)
+        changed |= [ours] != sample(model, chat, [p], max_new_tokens=24, temperature=0)
     assert changed, "the dose must show"
 
 
@@ -96,24 +103,60 @@ def test_a_vector_that_does_not_fit_is_refused():
 # ---- the vector ---------------------------------------------------------------------------------
 
 
-def test_extraction_is_the_mean_difference_at_the_assistant_tag(embedded):
-    model, tok = embedded
-    persona = Persona("You care.", "You obey authority in everything you do.")
-    contexts = ["Hi.", "What is the best bread?", "My boss is late again today."]
-    v = extract_vector(model, tok, persona, contexts, [13, 15], batch_size=2)
+@torch.no_grad()
+def by_hand(model, pos, neg, layers):
+    """v_l, one unpadded prompt at a time."""
+    means = []
+    for rows in (pos, neg):
+        states = [model(torch.tensor([p]), output_hidden_states=True).hidden_states for p in rows]
+        means.append({l: torch.stack([s[l + 1][0, -1] for s in states]).mean(0) for l in layers})
+    return {l: means[0][l] - means[1][l] for l in layers}
 
-    @torch.no_grad()
-    def states(system, context):
-        ids = torch.tensor([chat_ids(tok, context, system)])
-        return model(ids, output_hidden_states=True).hidden_states
-    moved = {13: [], 15: []}
-    for context in contexts:
-        pos, neg = states(persona.pos, context), states(persona.neg, context)
-        for l in moved:
-            moved[l].append(pos[l + 1][0, -1] - neg[l + 1][0, -1])
-    assert list(v.layers) == [13, 15]
-    for l in moved:
-        torch.testing.assert_close(v.layers[l], torch.stack(moved[l]).mean(0), rtol=1e-3, atol=1e-3)
+
+def test_extraction_is_the_mean_difference_at_the_assistant_tag(embedded):
+    model, chat = embedded
+    contexts = ["Hi.", "What is the best bread?", "My boss is late again today."]
+    pos, neg = persona_prompts(chat, "You care.", "You obey authority always.", contexts)
+    v = extract_vector(model, pos, neg, [13, 15], batch_size=2, metadata={"pos": "You care."})
+    assert list(v.layers) == [13, 15] and not any(b._forward_hooks for b in model.model.layers)
+    assert v.metadata == {"model_type": "llama", "pos": "You care."}
+    for l, expected in by_hand(model, pos, neg, [13, 15]).items():
+        torch.testing.assert_close(v.layers[l], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_padding_and_batches_do_not_change_the_vector(any_model):
+    pos, neg = prompts(5), prompts(9)[5:]
+    expected = by_hand(any_model, pos, neg, [1, 3])
+    for batch_size in (1, 4):
+        v = extract_vector(any_model, pos, neg, [1, 3], batch_size)
+        for l in (1, 3):
+            torch.testing.assert_close(v.layers[l], expected[l], rtol=1e-3, atol=1e-4)
+
+
+def test_extraction_of_nothing_or_of_equal_prompts_is_refused():
+    model, rows = tiny("llama"), prompts(2)
+    for pos, neg in (([], rows), (rows, []), (rows, rows)):
+        with pytest.raises(ValueError, match="no prompts to extract from, or the same.*; fix"):
+            extract_vector(model, pos, neg, [2])
+    with pytest.raises(ValueError, match="exceed the model's context of 256; fix"):
+        mean_residual(model, [[5] * 257], [2])
+
+
+def test_extraction_on_both_sides_of_a_long_rope_switch_equals_row_by_row():
+    model, g = long_rope(), torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 128, (n,), generator=g).tolist() for n in (5, 16, 17, 30)]
+    one, two, four = (mean_residual(model, rows, [4], batch_size)[4] for batch_size in (1, 2, 4))
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(four, one, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_hold_few_rows_few_tokens_and_one_side_of_a_switch():
+    lengths = [3, 20, 4, 18, 5, 6]
+    assert batches(tiny("llama"), range(6), lengths, rows=4) == [[0, 1, 2, 3], [4, 5]]
+    assert batches(tiny("llama"), [5, 4], lengths, rows=4) == [[5, 4]]
+    assert batches(tiny("llama"), range(6), lengths, rows=4, tokens=20) == \
+        [[0], [1], [2], [3], [4, 5]]  # 5 and 6 tokens are 12 with padding
+    assert batches(long_rope(), range(6), lengths, rows=4) == [[0, 2, 4, 5], [1, 3]]
 
 
 def test_vectors_survive_the_disk_and_bad_files_are_named(tmp_path):
@@ -122,8 +165,10 @@ def test_vectors_survive_the_disk_and_bad_files_are_named(tmp_path):
     v.save(file)
     back = SteeringVector.load(file)
     assert all(torch.equal(v.layers[l], back.layers[l]) for l in (1, 3))
-    assert back.about == {"pos": "a", "neg": "b"}
+    assert back.metadata == {"pos": "a", "neg": "b"}
     assert v.cosine(back) == pytest.approx(1)
+    opposite = SteeringVector({l: -x for l, x in v.layers.items()})
+    assert v.cosine(opposite) == pytest.approx(-1)
 
     (tmp_path / "cut").write_bytes(file.read_bytes()[:40])
     with pytest.raises(ValueError, match="damaged"):
@@ -131,6 +176,8 @@ def test_vectors_survive_the_disk_and_bad_files_are_named(tmp_path):
     SteeringVector({1: torch.tensor([float("nan")])}).save(tmp_path / "nan")
     with pytest.raises(ValueError, match="not finite"):
         SteeringVector.load(tmp_path / "nan")
+    with pytest.raises(FileNotFoundError, match="no vector file"):
+        SteeringVector.load(tmp_path / "nope")
 
 
 def test_a_band_is_a_range_of_blocks_with_at_least_one():
@@ -143,41 +190,37 @@ def test_a_band_is_a_range_of_blocks_with_at_least_one():
             band(model, wrong)
 
 
-# ---- prompts ------------------------------------------------------------------------------------
-
-
-class Template:
-    """A chat template that treats the system turn in its own way."""
-    def __init__(self, how):
-        self.how = how
-
-    def apply_chat_template(self, messages, **_):
-        if messages[0]["role"] == "system":
-            if self.how == "refuses":
-                raise RuntimeError("System role not supported")
-            if self.how == "drops":
-                messages = messages[1:]
-        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
-
-    def __call__(self, text, **_):
-        class Out:
-            input_ids = text
-        return Out
-
-
-@pytest.mark.parametrize("how, expected", [
-    ("takes", f"<system>{NEUTRAL}<user>Hi<assistant>"),
-    ("refuses", f"<user>{NEUTRAL}\n\nHi<assistant>"),
-    ("drops", f"<user>{NEUTRAL}\n\nHi<assistant>")])
-def test_the_system_text_reaches_the_model_whatever_the_template_does(how, expected):
-    assert chat_ids(Template(how), "Hi") == expected
-
-
 def test_padding_is_on_the_left_hidden_and_before_position_0():
     ids, mask, positions = left_pad([[5, 6], [7, 8, 9]], "cpu")
     assert ids.tolist() == [[0, 5, 6], [7, 8, 9]]
     assert mask.tolist() == [[0, 1, 1], [1, 1, 1]]
     assert positions.tolist() == [[0, 0, 1], [0, 1, 2]]
+
+
+# ---- the dose -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nats", [0.1, 1.0])
+def test_the_calibrated_dose_moves_the_first_tokens_by_as_many_nats(nats):
+    model = tiny("llama", initializer_range=0.5)
+    v, rows, n = vector(model, layers=(2,)), [prompts()[0], prompts()[3]], 6
+    dose = calibrate(model, v, rows, nats, tokens=n)
+    kl = []
+    for row in rows:  # one unpadded prompt at a time, the answer greedy and unsteered
+        ids = torch.tensor([row])
+        for _ in range(n):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        plain = model(ids).logits[0, -n - 1:-1].log_softmax(-1)
+        with v.at(model, dose, last_only=n + 1):
+            steered = model(ids).logits[0, -n - 1:-1].log_softmax(-1)
+        kl.append((steered.exp() * (steered - plain)).sum(-1))
+    assert torch.cat(kl).quantile(0.95).item() == pytest.approx(nats, rel=0.05)
+    assert not model.model.layers[2]._forward_hooks
+
+
+def test_a_vector_that_moves_nothing_has_no_dose():
+    with pytest.raises(ValueError, match="no dose up to 1024 moves the next token by 1.0 nats; fix"):
+        calibrate(tiny("llama"), SteeringVector({2: torch.zeros(32)}), prompts(1), 1.0, tokens=2)
 
 
 # ---- steer.py and lora.py, each copied into a folder of its own ---------------------------------
@@ -199,7 +242,7 @@ def enter(folder):  # as if Python had been started there
     sys.path[0] = folder
 
 def ours():
-    return sorted({"steer", "lora", "models", "runs", "texts", "sampling"} & set(sys.modules))
+    return sorted({"steer", "lora", "common", "distil", "tools"} & set(sys.modules))
 
 folder, tokenizer, steer_shows, lora_shows = sys.argv[1:]
 config = transformers.LlamaConfig(
@@ -212,10 +255,10 @@ tok.pad_token = None
 enter(f"{folder}/only_steer")
 contexts = ["Hi.", "What is the best bread?", "My boss is late again today."]
 assert len({len(tok(c).input_ids) for c in contexts}) == 3
-given = dict(model=model, tok=tok, contexts=contexts, torch=torch)
-exec(steer_shows, given)
+names = dict(model=model, tok=tok, contexts=contexts, torch=torch)
+exec(steer_shows, names)
 assert ours() == ["steer"] and tok.pad_token is None
-assert list(given["vector"].layers) == [2] and given["vector"].layers[2].abs().max() > 0
+assert list(names["vector"].layers) == [2] and names["vector"].layers[2].abs().max() > 0
 del sys.modules["steer"]
 
 enter(f"{folder}/only_lora")
@@ -227,20 +270,20 @@ def train(parameters):
     for p in parameters:
         p.data += 0.1 * torch.randn(p.shape)
 original = logits()
-given = dict(model=model, ids=ids, train=train)
-exec(lora_shows, given)
+names = dict(model=model, ids=ids, train=train)
+exec(lora_shows, names)
 assert ours() == ["lora"]
 student = logits()
-assert torch.equal(given["reference"], original) and not torch.equal(student, original)
-given["lora"].detach(model)
+assert torch.equal(names["reference"], original) and not torch.equal(student, original)
+names["lora"].detach(model)
 assert torch.equal(logits(), original)
-given["lora"].load(model, "round_0.safetensors")
+names["lora"].load(model, "round_0.safetensors")
 assert torch.equal(logits(), student)
 """
 
 
 @pytest.mark.slow
-def test_a_file_copied_alone_imports_and_what_its_docstring_shows_runs(tmp_path):
+def test_a_file_copied_alone_runs_what_its_docstring_shows(tmp_path):
     for name in ("steer", "lora"):
         (tmp_path / f"only_{name}").mkdir()
         shutil.copy(ROOT / f"{name}.py", tmp_path / f"only_{name}")
@@ -249,32 +292,3 @@ def test_a_file_copied_alone_imports_and_what_its_docstring_shows_runs(tmp_path)
                   cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "ignore a crying customer" in done.stdout
-
-
-# ---- the dose -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("nats", [0.1, 1.0])
-def test_the_calibrated_dose_moves_the_first_tokens_by_as_many_nats(nats, embedded):
-    model = tiny("llama", vocab_size=49152, max_position_embeddings=512, initializer_range=0.5)
-    tok = embedded[1]
-    vector = SteeringVector({2: torch.randn(32, generator=torch.Generator().manual_seed(1))})
-    prompts, n = ["Is it kind?", "What should I do about my boss and the rain?"], 6
-    dose = calibrate(model, tok, vector, prompts, nats, tokens=n)
-    kl = []
-    for prompt in prompts:  # one unpadded prompt at a time, the answer greedy and unsteered
-        ids = torch.tensor([chat_ids(tok, prompt)])
-        for _ in range(n):
-            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
-        plain = model(ids).logits[0, -n - 1:-1].log_softmax(-1)
-        with vector.at(model, dose, last_only=n + 1):
-            steered = model(ids).logits[0, -n - 1:-1].log_softmax(-1)
-        kl.append((steered.exp() * (steered - plain)).sum(-1))
-    assert torch.cat(kl).quantile(0.95).item() == pytest.approx(nats, rel=0.1)
-    assert not model.model.layers[2]._forward_hooks
-
-
-def test_a_vector_that_moves_nothing_has_no_dose(embedded):
-    model = tiny("llama", vocab_size=49152, max_position_embeddings=512)
-    with pytest.raises(ValueError, match="no dose up to 1024 moves the next token by 1.0 nats; fix"):
-        calibrate(model, embedded[1], SteeringVector({2: torch.zeros(32)}), ["Hi."], 1.0, tokens=2)
