@@ -354,6 +354,8 @@ class Decoder:
             return
         lengths = [layer.cumulative_length for layer in self.cache.layers if layer.is_initialized]
         changing = [*self.state.values(), *lengths]
+        # gates that are tensors are read at every replay, so they must not be freed meanwhile
+        self.gates = [getattr(m, "c_history", None) for m in self.model.modules()]
         before = [x.clone() for x in changing]
         graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         try:

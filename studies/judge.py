@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from common import checks, runs
 from common.sampling import perplexity, score
-from studies import frontier, gemma
+from studies import gemma
+from tools import sweep
 
 
 @dataclass
@@ -38,7 +39,7 @@ def answers_perplexity(model, tok, texts: list[dict]) -> float:
 
 
 def main(cfg: Config) -> None:
-    records = frontier.load(cfg.records)
+    records = sweep.load(cfg.records)
     model, chat = checks.load(str(gemma.folder()), cfg.device, cfg.dtype)
     known = {}  # arms share a base, and forks a round
     for record in tqdm(records, "judge", leave=False, disable=None):
@@ -52,7 +53,7 @@ def main(cfg: Config) -> None:
                 if key not in known:
                     known[key] = answers_perplexity(model, chat.tok, event["texts"])
                 kept["judge_perplexity"] = float(f"{known[key]:.6g}")
-        frontier.save(record, cfg.records)
+        sweep.save(record, cfg.records)
     print(f"{len(known)} sets of answers judged -> {cfg.records}")
 
 
