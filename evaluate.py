@@ -5,7 +5,6 @@
     probe_nats  mean_j log p(toward_j) − log p(away_j), a trait's own probes                (nats)
     coherence   mean_i of the probability of a valid answer, A to G                 (p_ans_any)
     coh_cost    |Δ coherence| / |Δ trait|                               (the headline; guarded)
-    drift       mean_t KL(model ‖ original) over the model's own sampled answers           (nats)
 
 One of the first three is the trait's axis; the other foundations are what moved along with it.
 How the model is asked is in common/readouts.py: `cloze` for the small, `tinymfv` for about 1B and

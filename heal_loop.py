@@ -246,7 +246,8 @@ def loop(cfg: Config, run: runs.Run, model, chat, reading: texts.Texts) -> None:
             if is_new:
                 run.record("distil", r, **distil.make_data(cfg, model, chat, reading, r, folder))
             vector = SteeringVector.load(folder / "vector.safetensors")
-            kept = runs.check_rows(folder / "kept.jsonl", model.get_input_embeddings().num_embeddings)
+            n_words = model.get_input_embeddings().num_embeddings
+            kept = runs.check_rows(folder / "kept.jsonl", n_words)
             teacher = distil.teacher_of(cfg, reading, vector)
             if is_new:
                 dose = run.find("distil", r)["dose"]

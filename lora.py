@@ -107,10 +107,9 @@ def is_attached(model) -> bool:
 
 def adapters(model) -> dict[str, BakedLoRA]:
     """{module name: BakedLoRA} in model order. Raises ValueError where nothing is attached."""
-    attached = {name: m for name, m in model.named_modules() if isinstance(m, BakedLoRA)}
-    if not attached:
+    if not is_attached(model):
         raise ValueError("no LoRA on this model; fix: call attach(model) first")
-    return attached
+    return {name: m for name, m in model.named_modules() if isinstance(m, BakedLoRA)}
 
 
 def attach(model, rank: int = 16, alpha: float = 32.0, layers: tuple[float, float] = (0.2, 0.8),
@@ -133,7 +132,6 @@ def attach(model, rank: int = 16, alpha: float = 32.0, layers: tuple[float, floa
     inside = {id(m) for block in chosen for m in block.modules()}
     names = [name for name, m in model.named_modules() if id(m) in inside
              and type(m) is nn.Linear and (not targets or name.rpartition(".")[2] in targets)]
-
     # 2. what else multiplies in there is named
     sizes = {key: p.numel() for key, p in model.named_parameters()
              if p.ndim > 1 and id(model.get_submodule(key.rpartition(".")[0])) in inside}

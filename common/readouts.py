@@ -173,7 +173,8 @@ def tinymfv(model, chat: Chat, vignettes: list[dict], system: str = NEUTRAL,
             think_tokens: int = 64) -> Answers:
     """A forced choice among seven options in both orders, after `think_tokens` of thinking.
 
-    github.com/wassname/tinymfv. A vignette that the package cannot score, as in a collapse, has valid_p 0 and an even p. Raises ValueError where the package is missing.
+    github.com/wassname/tinymfv. A vignette that the package cannot score, as in a collapse, has
+    valid_p 0 and an even p. Raises ValueError where the package is missing.
     """
     package = tinymfv_package()
     from loguru import logger  # comes with the package, which logs at every call
