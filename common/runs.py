@@ -17,6 +17,7 @@ import contextlib
 import errno
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -117,7 +118,8 @@ class Run:
         n = r if ref == "prev" else 0  # rounds that the reference has
         if ref == "good":  # up to the newest student at most twice as perplexing as the original
             limit = 2 * self.find("base", -1)["perplexity"]
-            fluent = [k for k in range(r) if self.find("healed", k)["perplexity"] <= limit]
+            perplexities = [self.find("healed", k)["perplexity"] or math.inf for k in range(r)]
+            fluent = [k for k in range(r) if perplexities[k] <= limit]
             n = max(fluent, default=-1) + 1
         return [1.0] * n + [0.0] * (r - n)
 
@@ -236,8 +238,7 @@ def begin(config, name: str, downstream: tuple[str, ...] = (), again: str = ""):
     """
     # 1. which folder, and whether it may be used; of which model the adapters are, they say
     check_ranges(config)
-    folder = config.resume or config.out or Path(
-        f"runs/{datetime.now():%Y%m%d-%H%M%S}_{Path(name).name}")
+    folder = config.resume or config.out or Path(f"runs/{datetime.now():%Y%m%d-%H%M%S}_{name}")
     source, at = config.fork, config.at
     if source and config.resume:
         raise ValueError("--resume and --fork exclude each other; fix: give one of them")

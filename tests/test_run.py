@@ -25,11 +25,11 @@ from tools import plot
 GOLDEN = {
     "base -1": {"auth_nats": -1.94590, "perplexity": 33926.2, "text_nats": 10.80773,
                 "control_nats": -0.094224},
-    "steered 0": {"auth_nats": -1.96192, "perplexity": 34095.8, "drift": 0.00014725},
+    "steered 0": {"auth_nats": -1.95982, "perplexity": 34095.8, "drift": 0.00014725},
     "heal 0": {"data_loss": 10.42807, "D": 0.00030779, "grad_norm": 0.70939,
                "held_out_before": 10.43616, "held_out_after": 10.45327},
-    "healed 0": {"auth_nats": -1.98148, "perplexity": 34203.2, "drift": 0.00024565},
-    "healed 1": {"auth_nats": -1.99590, "perplexity": 34523.2, "drift": 0.00062643}}
+    "healed 0": {"auth_nats": -1.97185, "perplexity": 34203.2, "drift": 0.00024565},
+    "healed 1": {"auth_nats": -1.98773, "perplexity": 34523.2, "drift": 0.00062643}}
 TOKENS = "fbb9d1db2817145e"
 RAN = ["machine", "base", "distil", "steered", "heal", "healed"]
 
@@ -357,20 +357,16 @@ def test_model_text_is_escaped_in_the_report(run, tmp_path):
     assert "<script>" not in page and "&lt;script&gt;alert(1)" in page and "<img src=x>" not in page
 
 
-class Recorded:
-    """A run of which only the perplexities are there."""
-
-    def __init__(self, base, *healed):
-        self.found = {("base", -1): base, **{("healed", r): x for r, x in enumerate(healed)}}
-
-    def find(self, stage, round):
-        return {"perplexity": self.found[stage, round]}
-
-
-def test_the_reference_is_the_original_the_previous_or_the_newest_coherent_student():
-    run = Recorded(4.0, 5.0, 8.0, 8.1)  # coherent: at most twice the original's perplexity
-    assert heal_loop.reference_gates("base", run, 3) == [0, 0, 0]
-    assert heal_loop.reference_gates("prev", run, 3) == [1, 1, 1]
-    assert heal_loop.reference_gates("good", run, 3) == [1, 1, 0]
-    assert heal_loop.reference_gates("good", Recorded(4.0, 9.0), 1) == [0]
-    assert heal_loop.reference_gates("good", run, 0) == []
+def test_the_reference_is_the_original_the_previous_or_the_newest_coherent_student(tmp_path):
+    def run_of(name, base, *healed):
+        for r, perplexity in enumerate(healed):
+            (tmp_path / name / f"round_{r}").mkdir(parents=True)
+            event = {"stage": "healed", "round": r, "perplexity": perplexity}
+            (tmp_path / name / f"round_{r}/events.jsonl").write_text(runs.to_jsonl([event]))
+        event = {"stage": "base", "round": -1, "perplexity": base}
+        (tmp_path / name / "events.jsonl").write_text(runs.to_jsonl([event]))
+        return runs.Run(tmp_path / name)
+    run = run_of("run", 4.0, 5.0, 8.0, 8.1)  # coherent: at most twice the original's perplexity
+    assert run.reference("base", 3) == [0, 0, 0] and run.reference("prev", 3) == [1, 1, 1]
+    assert run.reference("good", 3) == [1, 1, 0] and run.reference("good", 0) == []
+    assert run_of("worse", 4.0, 9.0, float("inf")).reference("good", 2) == [0, 0]
