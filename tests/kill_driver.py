@@ -6,9 +6,8 @@ not live on in a child. test_run.py writes a scenario's name to stdin, and reads
 import itertools
 import json
 import os
-import random
+import resource
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -27,7 +26,7 @@ WHOLE, ERRORS = WORK / "whole", WORK / "stderr"
 
 
 def attempt(flags, before=lambda: None) -> int:
-    """Start `python heal_loop.py flags` in a forked child; -> its process id."""
+    """Start `python heal_loop.py flags` in a forked child, after `before()`; -> its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -56,15 +55,11 @@ def stderr() -> str:
     return ERRORS.read_text()
 
 
-def begin(out):
-    """The flags that go on with a run, or start it where it never got as far as its settings."""
-    if (out / "config.json").exists():
-        return ["--resume", str(out)]
-    return [*FLAGS, "--out", str(out)]
-
-
 def finish(out) -> None:
-    assert wait(attempt(begin(out))) == 0, stderr()
+    """Go on with a run, or start it where it never got as far as its settings."""
+    begun = (out / "config.json").exists()
+    flags = ["--resume", str(out)] if begun else [*FLAGS, "--out", str(out)]
+    assert wait(attempt(flags)) == 0, stderr()
 
 
 def contents(folder) -> dict:
@@ -92,29 +87,6 @@ def one_line(*words) -> None:
     text = stderr()
     assert text.count("error:") == 1 and "Traceback" not in text, text
     assert all(word in text for word in words), text
-
-
-# ---- scenarios ----------------------------------------------------------------------------------
-
-
-def killed_at_random_moments() -> str:
-    random.seed(0)
-    start = time.time()
-    finish(WORK / "again")
-    span = time.time() - start
-    assert_same_as_whole(WORK / "again")
-    kills = 0
-    for n in range(3):
-        out = WORK / f"killed{n}"
-        for _ in range(4):
-            pid = attempt(begin(out))
-            time.sleep(random.uniform(0.05, 0.9) * span)
-            os.kill(pid, signal.SIGKILL)
-            kills += wait(pid) == -signal.SIGKILL
-        finish(out)
-        assert_same_as_whole(out)
-    assert kills > 6
-    return f"{kills} kills at random moments, all equal"
 
 
 def kill_at(n):
@@ -153,57 +125,24 @@ def killed_at_every_write() -> str:
 
 
 def disk_full() -> str:
-    disk = WORK / "disk"
-    disk.mkdir()
-    size = sum(len(data) for data in contents(WHOLE).values())
-    full = 0
-    for share in (0.002, 0.01, 0.03):
-        room = int(share * size) // 4096 * 4096 or 4096
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(disk)]
-        if subprocess.run(mount, capture_output=True).returncode:
-            return "no mount"
-        try:
-            out = disk / "run"
-            assert wait(attempt([*FLAGS, "--out", str(out)])) == 1
-            one_line("o space")
-            full += 1
-            subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
-            finish(out)
-            assert_same_as_whole(out)
-        finally:
-            subprocess.run(["umount", str(disk)], check=True)
-    return f"{full} full disks, all told in one line and resumed equal"
-
-
-def in_first_round(out, sign) -> int:
-    """Start a run and send it a signal once its first round is under way; -> its process id."""
-    pid = attempt([*FLAGS, "--out", str(out)])
-    while not (out / "round_0.tmp" / "vector.safetensors").exists():
-        time.sleep(0.005)
-    os.kill(pid, sign)
-    return pid
-
-
-def no_write_permission() -> str:
-    out = WORK / "locked"
-    wait(in_first_round(out, signal.SIGKILL))
-
-    def unprivileged():
-        if os.getuid() == 0:
-            os.setuid(65534)
-    for path, mode in ((WORK, 0o755), (out, 0o555), (ERRORS, 0o666)):
-        os.chmod(path, mode)
-    assert wait(attempt(["--resume", str(out)], unprivileged)) == 1
-    one_line("ermission")
-    os.chmod(out, 0o755)
-    finish(out)
-    assert_same_as_whole(out)
-    return "no write permission: told in one line and resumed equal"
+    sizes = (1_500, 6_000, 40_000)  # of a file, in bytes: events, sampled rows, the adapter
+    for size in sizes:
+        out, limit = WORK / f"full{size}", (size, size)
+        full = attempt([*FLAGS, "--out", str(out)],
+                       lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+        assert wait(full) == 1
+        one_line("large", "--resume")
+        finish(out)
+        assert_same_as_whole(out)
+    return f"{len(sizes)} full disks, all reported in one line and resumed equal"
 
 
 def interrupted_and_shared() -> str:
     out = WORK / "stopped"
-    pid = in_first_round(out, signal.SIGSTOP)
+    pid = attempt([*FLAGS, "--out", str(out)])
+    while not (out / "round_0.tmp" / "vector.safetensors").exists():
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGSTOP)
     assert wait(attempt(["--resume", str(out)])) == 1
     one_line("another process is at work")
     os.kill(pid, signal.SIGCONT)

@@ -22,9 +22,6 @@ ADAPTER, VECTOR = "round_0/adapter.safetensors", "round_0/vector.safetensors"
 FILE_SIZE = resource.getrlimit(resource.RLIMIT_FSIZE)
 
 
-# ---- what is spoilt -----------------------------------------------------------------------------
-
-
 class Place:
     """An empty folder `tmp`; copies in it of a good tiny model, a good run, the data: as asked."""
 
@@ -100,8 +97,6 @@ def full_disk(at):
     resource.setrlimit(resource.RLIMIT_FSIZE, (at, FILE_SIZE[1]))
 
 
-# ---- the kinds ----------------------------------------------------------------------------------
-
 LOOP = "heal_loop --model {p.good} --out {p.tmp}/new"
 EVALUATE = "evaluate --model {p.good} --n-vignettes 7"
 VIGNETTE = {"id": "a", "foundation": "Care", "text": "She kicked the dog."}
@@ -141,24 +136,17 @@ KINDS = {  # kind: (command, what its line must name, what is spoilt before)
         (VIGNETTES, "v.json UTF-8", lambda p: p.file("v.json", '"fröhlich"'.encode("latin1"))),
         (VIGNETTES, "v.json UTF-8", lambda p: p.file("v.json", '{"vignettes"'.encode("utf-16"))),
         (TRAIT, "care.json", lambda p: (p.data / "traits/care.json").write_text("[")),
-        (LOOP, "contexts.json", lambda p: (p.data / "contexts.json").unlink()),
-        (LOOP, "plain.json", lambda p: cut(p.data / "plain.json"))],
+        (LOOP, "contexts.json", lambda p: (p.data / "contexts.json").unlink())],
     "an entry of a data file that is not whole": [
         (VIGNETTES, "v.json Honour Care", lambda p: vignettes(p, {"foundation": "Honour"})),
         (VIGNETTES, "v.json a", lambda p: vignettes(p, {}, {})),
         (VIGNETTES, "v.json 2", lambda p: vignettes(p, {}, {"id": "b", "text": ""})),
-        (VIGNETTES, "v.json", lambda p: vignettes(p)),
         (TRAIT, "care.json readout",
          lambda p: change(p.data / "traits/care.json", readout="multi")),
-        (TRAIT, "care.json direction",
-         lambda p: change(p.data / "traits/care.json", direction="left")),
-        (TRAIT, "care.json doses", lambda p: change(p.data / "traits/care.json", doses=["much"])),
         (TRAIT, "care.json train", lambda p: change(p.data / "traits/care.json", train=["Hi.", 3])),
         (TRAIT, "care.json neg", lambda p: forget(p.data / "traits/care.json", "neg"))],
     "an adapter or a vector that does not fit": [
         (EVALUATE + " --adapter {p.tmp}/none.safetensors", "none.safetensors"),
-        (EVALUATE + " --adapter {p.good}/model.safetensors", "model.safetensors"),
-        (EVALUATE + " --adapter {p.run}/" + VECTOR, "vector.safetensors"),
         (EVALUATE + " --adapter {p.run}/round_1/adapter.safetensors", "round_1"),
         (EVALUATE + " --adapter {p.run}/" + ADAPTER, ADAPTER, lambda p: cut(p.run / ADAPTER)),
         (EVALUATE + " --adapter {p.run}/" + ADAPTER, f"{ADAPTER} finite",
@@ -174,7 +162,6 @@ KINDS = {  # kind: (command, what its line must name, what is spoilt before)
         ("heal_loop --resume {p.tmp}", "config.json"), ("plot {p.tmp}", "events.jsonl"),
         (RESUME, "config.json", lambda p: cut(p.run / "config.json")),
         (RESUME, "config.json reg l2 kl_rev", lambda p: change(p.run / "config.json", reg="l2")),
-        (RESUME, "config.json readout", lambda p: change(p.run / "config.json", readout="multi")),
         (RESUME, "config.json rank", lambda p: change(p.run / "config.json", rank="many")),
         (RESUME, "config.json lam", lambda p: forget(p.run / "config.json", "lam")),
         (RESUME, "events.jsonl 1", lambda p: with_line(p.run / "events.jsonl", 1, "{oops}")),
@@ -187,7 +174,6 @@ KINDS = {  # kind: (command, what its line must name, what is spoilt before)
         (FORK, "kept.jsonl 2 content", lambda p: answer(p.run, ["Yes."])),
         (FORK, "kept.jsonl 2 empty", lambda p: answer(p.run, " ")),
         (FORK, "kept.jsonl 2 tokens", lambda p: answer(p.run, tokens=[])),
-        (FORK, "kept.jsonl 2 tokens", lambda p: answer(p.run, tokens=[-1])),
         (FORK, "kept.jsonl 2 messages", lambda p: answer(p.run, messages=[])),
         (FORK, "kept.jsonl 2", lambda p: with_line(p.run / "round_0/kept.jsonl", 2, "[1]")),
         (FORK, "kept.jsonl 2", lambda p: with_line(p.run / "round_0/kept.jsonl", 2, '{"a": 1}')),
@@ -203,14 +189,9 @@ KINDS = {  # kind: (command, what its line must name, what is spoilt before)
         ("evaluate --model smollm3", "smollm3 smollm2"),
         ("evaluate --model {p.tmp}", "config.json"),
         (EVALUATE + " --device tpu", "--device tpu"),
-        ("evaluate --model {p.model}", "config.json", lambda p: cut(p.model / "config.json")),
         ("evaluate --model {p.model}", "model", lambda p: cut(p.model / "model.safetensors")),
         ("evaluate --model {p.model}", "pickle", lambda p: pickled(p.model)),
-        ("evaluate --model {p.model}", "model.layers.5",
-         lambda p: change(p.model / "config.json", num_hidden_layers=7, layer_types=None)),
         ("evaluate --model {p.model}", "decoder-only", lambda p: encoder_decoder(p.model)),
-        ("evaluate --model {p.model}", "chat template",
-         lambda p: (p.model / "chat_template.jinja").unlink()),
         ("evaluate --model {p.model}", "chat template",
          lambda p: (p.model / "chat_template.jinja").write_text("{% for m in %}"))],
 }

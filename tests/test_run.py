@@ -18,7 +18,6 @@ import heal_loop
 import lora
 from common import runs, texts
 from conftest import ROOT, command, flags, python
-from tools import plot
 
 # of the run in conftest.py, in float32. A change of the method or of data/ changes them: the test
 # prints the new ones (pytest -rA)
@@ -45,9 +44,6 @@ def refused(monkeypatch, capsys, *argv):
     stderr = capsys.readouterr().err
     assert stopped.value.code == 1 and stderr.count("\n") == 1, stderr
     return stderr
-
-
-# ---- numbers ------------------------------------------------------------------------------------
 
 
 def test_a_tiny_run_gives_the_numbers_it_always_gave(run):
@@ -135,9 +131,6 @@ def test_each_command_works_alone(line, words, tiny_folder, tmp_path, monkeypatc
     assert all(word in stdout for word in words), stdout
 
 
-# ---- a run goes on as if nothing had happened ---------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def driver(tiny_folder, tmp_path_factory):
     """kill_driver.py, which has imported everything and made the run that others must equal."""
@@ -154,16 +147,12 @@ def driver(tiny_folder, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario, words", [
-    ("killed_at_random_moments", "kills at random moments"),
     ("killed_at_every_write", "within each of the run's writes"),
-    ("disk_full", "full disks"), ("no_write_permission", "resumed equal"),
-    ("interrupted_and_shared", "survived a torn line")])
+    ("disk_full", "full disks"), ("interrupted_and_shared", "survived a torn line")])
 def test_a_run_goes_on_as_if_nothing_had_happened(scenario, words, driver):
     driver.stdin.write(scenario + "\n")
     driver.stdin.flush()
     answer = json.loads(driver.stdout.readline())
-    if answer == "no mount":
-        pytest.skip("mounting a small tmpfs needs root")
     assert words in answer, answer
     print(answer)
 
@@ -200,9 +189,6 @@ def test_a_full_device_is_one_line_with_the_fix(tiny_folder, tmp_path, monkeypat
     monkeypatch.setattr(evaluate, "measure", full)
     line = refused(monkeypatch, capsys, "heal_loop", *flags(tiny_folder), "--out", tmp_path / "run")
     assert "CUDA out of memory; nothing finished is lost; fix:" in line and "--resume" in line
-
-
-# ---- rounds that cannot be finished -------------------------------------------------------------
 
 
 def test_too_few_kept_names_the_rule_and_keeps_what_was_sampled(
@@ -243,9 +229,6 @@ def test_a_collapsed_student_ends_the_loop_once(tiny_folder, tmp_path, monkeypat
     assert "coherence fell below 0.85" in capsys.readouterr().out
 
 
-# ---- forks --------------------------------------------------------------------------------------
-
-
 def test_a_fork_heals_the_same_data_another_way(run, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "COHERENCE_FLOOR", 0.0)
     out = tmp_path / "fork"
@@ -270,9 +253,6 @@ def test_a_fork_with_nothing_changed_is_the_run(run, tmp_path, monkeypatch):
         if path.name != "events.jsonl":
             ours = tmp_path / "fork" / path.relative_to(run)
             assert ours.read_bytes() == path.read_bytes(), path
-
-
-# ---- the run folder by itself -------------------------------------------------------------------
 
 
 @dataclass
@@ -344,29 +324,10 @@ def test_a_start_cut_off_begins_again_and_nobody_elses_files_are_taken(tmp_path)
     assert not runs.is_free(tmp_path)
 
 
-# ---- small things -------------------------------------------------------------------------------
-
-
-def test_model_text_is_escaped_in_the_report(run, tmp_path):
-    out = shutil.copytree(run, tmp_path / "run")
-    events = runs.read_jsonl(out / "events.jsonl")
-    events[1]["texts"] = [{"prompt": "<img src=x>", "text": "<script>alert(1)</script>"}]
-    (out / "events.jsonl").write_text(runs.to_jsonl(events))
-    plot.draw(out)
-    page = (out / "report.html").read_text("utf-8")
-    assert "<script>" not in page and "&lt;script&gt;alert(1)" in page and "<img src=x>" not in page
-
-
 def test_the_reference_is_the_original_the_previous_or_the_newest_coherent_student(tmp_path):
-    def run_of(name, base, *healed):
-        for r, perplexity in enumerate(healed):
-            (tmp_path / name / f"round_{r}").mkdir(parents=True)
-            event = {"stage": "healed", "round": r, "perplexity": perplexity}
-            (tmp_path / name / f"round_{r}/events.jsonl").write_text(runs.to_jsonl([event]))
-        event = {"stage": "base", "round": -1, "perplexity": base}
-        (tmp_path / name / "events.jsonl").write_text(runs.to_jsonl([event]))
-        return runs.Run(tmp_path / name)
-    run = run_of("run", 4.0, 5.0, 8.0, 8.1)  # coherent: at most twice the original's perplexity
+    run = runs.Run(tmp_path)
+    for stage, r, perplexity in (("base", -1, 4.0), ("healed", 0, 5.0), ("healed", 1, 8.0),
+                                 ("healed", 2, 8.1), ("healed", 3, float("nan"))):
+        run.record(stage, r, perplexity=perplexity)
     assert run.reference("base", 3) == [0, 0, 0] and run.reference("prev", 3) == [1, 1, 1]
-    assert run.reference("good", 3) == [1, 1, 0] and run.reference("good", 0) == []
-    assert run_of("worse", 4.0, 9.0, float("inf")).reference("good", 2) == [0, 0]
+    assert run.reference("good", 4) == [1, 1, 0, 0] and run.reference("good", 0) == []
