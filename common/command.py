@@ -7,6 +7,7 @@
 
 What is read and written is UTF-8 whatever the locale, and no terminal is too old for a λ.
 """
+import functools
 import itertools
 import json
 import os
@@ -101,13 +102,16 @@ DoseNats = Annotated[tuple[Above0, ...], MinLen(1)]
 DepthRange = Annotated[tuple[float, float], AfterValidator(rising)]
 
 
+adapter = functools.cache(TypeAdapter)  # made in milliseconds, and asked for every row
+
+
 def checked(kind, values, where: str):
     """A dict as the dataclass `kind`, text as a Path where its field says so, and the like.
 
     where: how a message begins. Raises ValueError for the first value that is not allowed.
     """
     try:
-        return TypeAdapter(kind).validate_python(values)
+        return adapter(kind).validate_python(values)
     except ValidationError as e:
         fault = e.errors()[0]
         name = ".".join(map(str, fault["loc"])).replace("_", "-")
