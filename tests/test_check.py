@@ -12,8 +12,8 @@ from tools import check
 
 TABLE = check.architectures()
 QUICKLY = ["cohere", "granite", "recurrent_gemma", "qwen3_next", "lfm2", "jamba", "mamba",
-           "gemma3n", "gptj", "gpt2", "afmoe", "mistral3", "gemma4", "phi3_longrope", "diffusion_gemma",
-           "paligemma", "qwen2_5_omni"]  # wrong, or a traceback, before
+           "gemma3n", "gptj", "gpt2", "afmoe", "mistral3", "gemma4", "phi3_longrope",
+           "diffusion_gemma", "paligemma", "qwen2_5_omni"]  # wrong, or a traceback, before
 CASES = [n if n in QUICKLY else pytest.param(n, marks=pytest.mark.slow) for n in TABLE]
 IDS = list(range(3, 128))
 
@@ -33,7 +33,7 @@ def made(name):
 def fails(model, rows=None):
     """Which checks fail, of all there are."""
     rows = rows or checks.token_rows(IDS, 32)
-    return checks.failed(checks.run(model, rows, {**checks.QUICK, **check.SLOW}), model.dtype)
+    return checks.failed(checks.run(model, rows, check.CHECKS), model.dtype)
 
 
 @pytest.mark.parametrize("name", CASES)
