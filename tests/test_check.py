@@ -50,9 +50,6 @@ def test_the_table_has_ninety_and_gemma_4_as_it_is_shaped():
     assert check.switch_length(made("phi3_longrope")) == 40
 
 
-# ---- each check can fail -------------------------------------------------------------------------
-
-
 def test_a_head_read_by_name_fails(monkeypatch):
     monkeypatch.setattr(checks, "logits", lambda model, h: model.get_output_embeddings()(h))
     assert "head" in fails(made("cohere"))
@@ -102,9 +99,6 @@ def test_nan_counts_as_wrong():
     nan = torch.tensor([0.0, math.nan])
     for dtype in (torch.float32, torch.bfloat16):
         assert checks.off(tiny("llama", dtype), nan, torch.zeros(2)) == math.inf
-
-
-# ---- long rope: other factors beyond a length ----------------------------------------------------
 
 
 def long_rope_rows():
