@@ -78,7 +78,7 @@ def peft(model, rows) -> float:
         warnings.simplefilter("ignore")
         try:
             from peft import PeftModel
-            lora.attach(student, rank=2, layers=(0, 1))
+            lora.attach(student, rank=2, alpha=2, layers=(0, 1))
         except (ImportError, ValueError):
             return float("nan")
         for _ in range(2):
