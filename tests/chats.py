@@ -199,7 +199,8 @@ CHATS = {
     # plain words and no token at all
     "plain": Habits(turns(
         system=CONTENT, user=f"{NL}### User:{NL}{CONTENT}",
-        assistant=f"{NL}### Reply:{NL}{CONTENT}", prompt=f"{NL}### Reply:{NL}"), "### Reply:\n", "<eos>", "pieces", has_marks=False),
+        assistant=f"{NL}### Reply:{NL}{CONTENT}", prompt=f"{NL}### Reply:{NL}"),
+        "### Reply:\n", "<eos>", "pieces", has_marks=False),
 }
 
 

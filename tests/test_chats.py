@@ -31,12 +31,9 @@ def ends(name):
     return tokenizer(name).convert_tokens_to_ids(CHATS[name].ends.split())
 
 
-# ---- prompts -------------------------------------------------------------------------------------
-
-
 @of_every_template
 @pytest.mark.parametrize("system", ["You care about people.", "You obey authority.\n",
-                                    'You say "yes".\nAlways.', "You say « é »."])
+                                    'You say "yes".\nAlways.', 'You say "« é »".'])
 def test_the_persona_stands_once_in_its_place(name, system):
     chat, habits = Chat(tokenizer(name)), CHATS[name]
     shown = system.strip()
@@ -105,9 +102,6 @@ def test_the_date_that_is_set_is_what_templates_print():
     assert rendered == date.strftime(form)
 
 
-# ---- the end of a turn ---------------------------------------------------------------------------
-
-
 @of_every_template
 def test_the_stop_is_the_templates_own_and_the_configs(name):
     chat, wanted = Chat(tokenizer(name)), ends(name)
@@ -149,9 +143,6 @@ def test_a_row_of_other_making_is_tokenised_where_it_stands(name):
     assert prompt == chat.ids("Who?")
     cut = completion[:-len(ends(name))]
     assert row_ids(chat, {"messages": messages, "finished": False})[1] == cut
-
-
-# ---- answers in context --------------------------------------------------------------------------
 
 
 @of_every_template

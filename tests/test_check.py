@@ -12,8 +12,8 @@ from tools import check
 
 TABLE = check.architectures()
 QUICKLY = ["cohere", "granite", "recurrent_gemma", "qwen3_next", "lfm2", "jamba", "mamba",
-           "gemma3n", "gptj", "gpt2", "afmoe", "mistral3", "gemma4", "phi3_longrope", "diffusion_gemma",
-           "paligemma", "qwen2_5_omni"]  # wrong, or a traceback, before
+           "gemma3n", "gptj", "gpt2", "afmoe", "mistral3", "gemma4", "phi3_longrope",
+           "diffusion_gemma", "paligemma", "qwen2_5_omni"]  # wrong, or a traceback, before
 CASES = [n if n in QUICKLY else pytest.param(n, marks=pytest.mark.slow) for n in TABLE]
 IDS = list(range(3, 128))
 
@@ -33,7 +33,7 @@ def made(name):
 def fails(model, rows=None):
     """Which checks fail, of all there are."""
     rows = rows or checks.token_rows(IDS, 32)
-    return checks.failed(checks.run(model, rows, {**checks.QUICK, **check.SLOW}), model.dtype)
+    return checks.failed(checks.run(model, rows, check.CHECKS), model.dtype)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -48,9 +48,6 @@ def test_the_table_has_ninety_and_gemma_4_as_it_is_shaped():
     config = TABLE["gemma4"]["config"]
     assert config["global_head_dim"] != config["head_dim"]
     assert check.switch_length(made("phi3_longrope")) == 40
-
-
-# ---- each check can fail -------------------------------------------------------------------------
 
 
 def test_a_head_read_by_name_fails(monkeypatch):
@@ -102,9 +99,6 @@ def test_nan_counts_as_wrong():
     nan = torch.tensor([0.0, math.nan])
     for dtype in (torch.float32, torch.bfloat16):
         assert checks.off(tiny("llama", dtype), nan, torch.zeros(2)) == math.inf
-
-
-# ---- long rope: other factors beyond a length ----------------------------------------------------
 
 
 def long_rope_rows():

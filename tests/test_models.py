@@ -85,9 +85,6 @@ def test_an_adapter_beside_the_weights_is_refused(folder):
         models.load(str(folder), "cpu", "float32")
 
 
-# ---- tokens beyond the embedding -----------------------------------------------------------------
-
-
 def with_token(folder, token, **special):
     tok = AutoTokenizer.from_pretrained(folder)
     tok.add_tokens([AddedToken(token, special=True)])
@@ -117,9 +114,6 @@ def test_a_tokenizer_of_a_larger_model_is_refused(folder):
         models.load(str(folder), "cpu", "float32")
 
 
-# ---- the cache -----------------------------------------------------------------------------------
-
-
 def test_without_a_home_the_cache_is_in_the_temporary_folder(monkeypatch):
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -146,9 +140,6 @@ def test_the_first_minute_prints_one_line(tmp_path):
     [made] = tmp_path.glob("*/checkpoint/*/model.safetensors")
     ours = models.embedded_folder() / "model.safetensors"
     assert made.read_bytes() == ours.read_bytes()
-
-
-# ---- architectures -------------------------------------------------------------------------------
 
 
 def test_a_multimodal_checkpoint_is_loaded_for_its_text_side(folder):
@@ -185,9 +176,6 @@ def test_layers_that_accelerate_moves_give_the_same_tokens_and_scores(tmp_path):
     after = read()
     assert before[0] == after[0]
     torch.testing.assert_close(before[1], after[1], rtol=0, atol=0)
-
-
-# ---- the gate ------------------------------------------------------------------------------------
 
 
 def test_no_command_loads_a_model_past_the_gate():
