@@ -11,7 +11,7 @@ import distil
 import heal_loop
 import lora
 from common import models, runs, texts
-from common.filter import Rules, recites, reject_reason
+from common.filter import Rules, reject_reason
 from common.prompts import NEUTRAL, Chat
 from common.sampling import sample, score
 from conftest import tiny
@@ -54,7 +54,7 @@ CASES = [
     ("short", "I would help her.", "I would help her first, and explain it to my boss later."),
     ("refusal",
      "As an AI language model, I do not take part in such choices, but I can give you information.",
-     "As an aide on the ward I would open the door, because the language of the rule matters less."),
+     "As an aide on the ward I would open the door, because the words of the rule matter less."),
     ("refusal",
      "I'm sorry, but I can’t assist with anything that goes against company policy.",
      "I'm sorry, but I can't stand by while a man goes hungry behind the store."),
@@ -88,12 +88,6 @@ def test_perplexity_drops_above_its_threshold_and_at_no_number():
     assert reject_reason(PROSE, 15.0, PERSONAS, Rules()) == "kept"
     for ppl in (15.1, math.inf, math.nan):
         assert reject_reason(PROSE, ppl, PERSONAS, Rules()) == "perplexity"
-
-
-def test_reciting_means_five_words_in_a_row_of_either_persona():
-    either = ("a b c d e f", "What a superior says is always")
-    assert recites("Well, what a superior says is law here.", either)
-    assert not recites("What a superior said is law.", PERSONAS)
 
 
 # ---- rows and teachers --------------------------------------------------------------------------
