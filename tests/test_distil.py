@@ -11,7 +11,7 @@ import distil
 import heal_loop
 import lora
 from common import models, runs, texts
-from common.filter import Rules, recites, reject_reason
+from common.filter import Rules, reject_reason
 from common.prompts import NEUTRAL, Chat
 from common.sampling import sample, score
 from conftest import tiny
@@ -54,7 +54,7 @@ CASES = [
     ("short", "I would help her.", "I would help her first, and explain it to my boss later."),
     ("refusal",
      "As an AI language model, I do not take part in such choices, but I can give you information.",
-     "As an aide on the ward I would open the door, because the language of the rule matters less."),
+     "As an aide on the ward I would open the door, because the words of the rule matter less."),
     ("refusal",
      "I'm sorry, but I can’t assist with anything that goes against company policy.",
      "I'm sorry, but I can't stand by while a man goes hungry behind the store."),
@@ -88,12 +88,6 @@ def test_perplexity_drops_above_its_threshold_and_at_no_number():
     assert reject_reason(PROSE, 15.0, PERSONAS, Rules()) == "kept"
     for ppl in (15.1, math.inf, math.nan):
         assert reject_reason(PROSE, ppl, PERSONAS, Rules()) == "perplexity"
-
-
-def test_reciting_means_five_words_in_a_row_of_either_persona():
-    either = ("a b c d e f", "What a superior says is always")
-    assert recites("Well, what a superior says is law here.", either)
-    assert not recites("What a superior said is law.", PERSONAS)
 
 
 # ---- rows and teachers --------------------------------------------------------------------------
@@ -156,29 +150,31 @@ def test_a_teachers_rows_have_the_neutral_prompt_and_its_own_tokens(teacher):
 
 
 def collected(folder, rules, n_keep, doses=(1.0, 300.0), **how):
-    """On the student itself; a huge dose makes it say one thing again and again."""
-    how = dict(max_new_tokens=16, max_batches=4, vector=a_vector()) | how
+    """On the student, steered towards the end of the turn: at dose 300 it says nothing else."""
+    end = embedded_chat().end_of_turn()[-1]
+    vector = SteeringVector({4: a_student().lm_head.weight[end].detach().clone()})
+    how = dict(max_new_tokens=16, max_batches=8, temperature=0.3) | how
     return collect(a_student(), embedded_chat(), ["Hi.", "Is it kind?"], PERSONAS, rules, doses,
-                   n_keep, 1, folder, **how)
+                   n_keep, 1, folder, vector=vector, **how)
 
 
-LOOSE = Rules(min_words=1, max_repetition=0.3, min_diversity=0, max_perplexity=1e30)
+LOOSE = Rules(min_words=3, max_repetition=1, min_diversity=0, max_perplexity=1e30)
 
 
 def test_a_dose_that_breaks_the_model_is_lowered_and_doses_take_turns(tmp_path):
-    kept, rows = collected(tmp_path, LOOSE, n_keep=8, doses=(0.5, 4000.0), max_batches=40)
-    assert len(kept) == 8 and all(r["reject_reason"] == "kept" and r in rows for r in kept)
-    doses = [[r["dose"] for r in rows if r["slot"] == slot] for slot in (0, 1)]
-    ladder = list(dict.fromkeys(doses[1]))
-    assert ladder[0] == 4000 and len(ladder) > 1
-    assert ladder == pytest.approx([4000 * 0.7**k for k in range(len(ladder))])
-    by_slot = Counter(r["slot"] for r in rows if r["reject_reason"] == "kept")
-    turns = min(by_slot[0], by_slot[1])
-    assert [r["slot"] for r in kept[:2 * turns]] == ([0, 1] * 8)[:min(8, 2 * turns)]
-    told = distil.summary(kept, rows, [0.5, 4000.0])
-    assert told["sampled"] == len(rows) and told["kept"] == 8
+    kept, rows = collected(tmp_path, LOOSE, n_keep=24, batch=8)
+    assert len(kept) == 24 and all(r["reject_reason"] == "kept" and r in rows for r in kept)
+    first, second = ([r["dose"] for r in rows if r["slot"] == slot] for slot in (0, 1))
+    assert set(first) == {1.0} and second[0] == 300
+    ladder = list(dict.fromkeys(second))
+    assert ladder == pytest.approx([300 * 0.7**k for k in range(len(ladder))])
+    assert 1 < len(ladder) < len(second) / 4, "no lower than it must"
+    turns = 2 * sum(r["slot"] for r in kept)
+    assert turns >= 4 and [r["slot"] for r in kept[:turns]] == [0, 1] * (turns // 2)
+    told = distil.summary(kept, rows, [1.0, 300.0])
+    assert told["sampled"] == len(rows) and told["kept"] == 24
     assert told["reject_reasons"] == Counter(r["reject_reason"] for r in rows)
-    assert told["dose"] == pytest.approx(sum(r["dose"] for r in kept) / 8)
+    assert told["dose"] == pytest.approx(sum(r["dose"] for r in kept) / 24)
 
 
 def test_the_files_are_the_rows_and_the_same_for_the_same_seed(tmp_path):

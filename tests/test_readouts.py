@@ -1,6 +1,4 @@
-"""cloze and probe against a plain loop, tinymfv against what its package returns."""
-import types
-
+"""cloze and probe against a plain loop, how the package tinymfv is steered."""
 import numpy as np
 import pytest
 import torch
@@ -83,38 +81,6 @@ def test_probe_is_the_difference_of_two_answers_log_probabilities():
 
 
 # ---- tinymfv ------------------------------------------------------------------------------------
-
-
-class Package(types.ModuleType):
-    """The package's call and what it returns, recorded from tinymfv at 4cc233d."""
-    CONFIGS = ("classic", "scifi", "ai-actor")
-    columns = FOUNDATIONS[::-1]  # in another order than ours
-
-    def evaluate(self, model, tokenizer, vignettes, *, max_think_tokens, batch_size,
-                 return_per_row, verbose):
-        rng = np.random.default_rng(0)
-        tokenizer.padding_side, self.asked = "left", vignettes
-        self.rows = [{"id": v["id"], "p": rng.dirichlet(np.ones(7)), "pmass_allowed": 0.1 * k}
-                     for k, v in enumerate(vignettes, 1)]
-        self.rows[3] |= {"p": np.full(7, np.nan), "pmass_allowed": float("nan")}
-        return {"profile": {"foundation": self.columns}, "per_row": self.rows,
-                "mean_nll_prefill": 1.5, "informedness": 0.25, "frac_unscorable": 0.25}
-
-
-def test_the_packages_rows_come_back_in_our_order(vignettes, monkeypatch):
-    pytest.importorskip("loguru", reason="comes with the package")
-    package, chat = Package("tinymfv"), embedded_chat()
-    monkeypatch.setattr(readouts, "tinymfv_package", lambda: package)
-    side = chat.tok.padding_side
-    got = tinymfv(None, chat, vignettes, system="Obey.")
-    assert chat.tok.padding_side == side
-    for v, row in zip(vignettes, package.asked, strict=True):
-        assert row["other_violate"] == f"Obey.\n\n{v['text']}"
-        assert [f for f in FOUNDATIONS if row[f"human_{f}"]] == [v["foundation"]]
-    np.testing.assert_array_equal(got.p[:3], [row["p"][::-1] for row in package.rows[:3]])
-    np.testing.assert_allclose(got.valid_p, [0.1, 0.2, 0.3, 0])  # the last cannot be scored
-    np.testing.assert_allclose(got.p[3], 1 / 7)
-    assert got.notes == {"frac_unscorable": 0.25, "nll_prefill": 1.5, "informedness": 0.25}
 
 
 def test_without_the_package_one_line_says_how_to_install_it(monkeypatch, vignettes):

@@ -9,11 +9,10 @@ import torch
 import lora
 import steer
 from common import models
-from common.prompts import Chat, persona_prompts
+from common.prompts import Chat
 from common.sampling import sample
 from conftest import ROOT, Ids, python, tiny
-from steer import (SteeringVector, band, batches, calibrate, extract_vector, left_pad,
-                   mean_residual)
+from steer import SteeringVector, band, batches, calibrate, extract_vector, mean_residual
 
 
 def vector(model, layers=(1, 2), size=1.0):
@@ -41,20 +40,6 @@ def long_rope():
 
 
 # ---- steering -----------------------------------------------------------------------------------
-
-
-def test_mixed_doses_in_a_batch_equal_row_by_row(any_model, ids):
-    v, doses = vector(any_model), [0.0, 1.5, -3.0]
-    with torch.no_grad():
-        with v.at(any_model, torch.tensor(doses)):
-            together = any_model(input_ids=ids).logits
-        for row, dose in enumerate(doses):
-            with v.at(any_model, dose):
-                alone = any_model(input_ids=ids[row:row + 1]).logits[0]
-            torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-4)
-        plain = any_model(input_ids=ids).logits
-    torch.testing.assert_close(together[0], plain[0], rtol=1e-4, atol=1e-4)
-    assert (together[1] - plain[1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("last_only, first", [(False, 0), (True, 19), (3, 17), (99, 0)])
@@ -104,33 +89,19 @@ def test_a_vector_that_does_not_fit_is_refused():
 
 
 @torch.no_grad()
-def by_hand(model, pos, neg, layers):
-    """v_l, one unpadded prompt at a time."""
-    means = []
+def test_extraction_is_the_mean_difference_at_the_last_position(any_model):
+    """Against one unpadded prompt at a time."""
+    pos, neg, layers, means = prompts(5), prompts(9)[5:], [1, 3], []
     for rows in (pos, neg):
-        states = [model(torch.tensor([p]), output_hidden_states=True).hidden_states for p in rows]
+        states = [any_model(torch.tensor([p]), output_hidden_states=True).hidden_states
+                  for p in rows]
         means.append({l: torch.stack([s[l + 1][0, -1] for s in states]).mean(0) for l in layers})
-    return {l: means[0][l] - means[1][l] for l in layers}
-
-
-def test_extraction_is_the_mean_difference_at_the_assistant_tag(embedded):
-    model, chat = embedded
-    contexts = ["Hi.", "What is the best bread?", "My boss is late again today."]
-    pos, neg = persona_prompts(chat, "You care.", "You obey authority always.", contexts)
-    v = extract_vector(model, pos, neg, [13, 15], batch_size=2, metadata={"pos": "You care."})
-    assert list(v.layers) == [13, 15] and not any(b._forward_hooks for b in model.model.layers)
-    assert v.metadata == {"model_type": "llama", "pos": "You care."}
-    for l, expected in by_hand(model, pos, neg, [13, 15]).items():
-        torch.testing.assert_close(v.layers[l], expected, rtol=1e-3, atol=1e-3)
-
-
-def test_padding_and_batches_do_not_change_the_vector(any_model):
-    pos, neg = prompts(5), prompts(9)[5:]
-    expected = by_hand(any_model, pos, neg, [1, 3])
     for batch_size in (1, 4):
-        v = extract_vector(any_model, pos, neg, [1, 3], batch_size)
-        for l in (1, 3):
-            torch.testing.assert_close(v.layers[l], expected[l], rtol=1e-3, atol=1e-4)
+        v = extract_vector(any_model, pos, neg, layers, batch_size, {"pos": "You care."})
+        assert list(v.layers) == layers and v.metadata["pos"] == "You care."
+        for l in layers:
+            torch.testing.assert_close(v.layers[l], means[0][l] - means[1][l], rtol=1e-3, atol=1e-4)
+    assert not any(block._forward_hooks for block in any_model.get_decoder().layers)
 
 
 def test_extraction_of_nothing_or_of_equal_prompts_is_refused():
@@ -190,13 +161,6 @@ def test_a_band_is_a_range_of_blocks_with_at_least_one():
             band(model, wrong)
 
 
-def test_padding_is_on_the_left_hidden_and_before_position_0():
-    ids, mask, positions = left_pad([[5, 6], [7, 8, 9]], "cpu")
-    assert ids.tolist() == [[0, 5, 6], [7, 8, 9]]
-    assert mask.tolist() == [[0, 1, 1], [1, 1, 1]]
-    assert positions.tolist() == [[0, 0, 1], [0, 1, 2]]
-
-
 # ---- the dose -----------------------------------------------------------------------------------
 
 
@@ -219,7 +183,7 @@ def test_the_calibrated_dose_moves_the_first_tokens_by_as_many_nats(nats):
 
 
 def test_a_vector_that_moves_nothing_has_no_dose():
-    with pytest.raises(ValueError, match="no dose up to 1024 moves the next token by 1.0 nats; fix"):
+    with pytest.raises(ValueError, match="no dose up to 1024 moves .* by 1.0 nats; fix"):
         calibrate(tiny("llama"), SteeringVector({2: torch.zeros(32)}), prompts(1), 1.0, tokens=2)
 
 
