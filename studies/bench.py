@@ -11,7 +11,6 @@ The alternatives stand below in full, from standard parts: `model.generate` with
 with a reference pass at every step and whole logits, one forward per clause.
 Needs PEFT: pip install -r requirements-dev.txt
 """
-import contextlib
 import copy
 import statistics
 import time

@@ -21,10 +21,9 @@ import scipy.stats
 
 import distil
 from common import checks, models, runs, texts
-from common.filter import diversity, reject_reason
+from common.filter import Rules, diversity, reject_reason
 from common.prompts import NEUTRAL
 from common.sampling import perplexity, repetition, score, worst_perplexity
-from distil import Rules
 from studies.tables import markdown, proportion, publish, ran_on
 
 LABELLED = runs.HERE / "data/labels/labelled.jsonl"

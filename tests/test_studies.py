@@ -7,12 +7,13 @@ import torch
 
 import lora
 from common import checks, runs
+from common.filter import Rules
 from common.texts import FOUNDATIONS
-from conftest import ROOT, command, tiny
-from distil import Rules
+from conftest import command, tiny
 from steer import SteeringVector, calibrate
-from studies import aggregate, cause, doses, frontier, gemma, judge, paper, readout
+from studies import aggregate, cause, doses, gemma, readout
 from studies import filter as filter_study
+from tools import sweep
 
 
 def table_rows(text: str) -> dict[str, list[str]]:
@@ -148,15 +149,15 @@ def test_aggregate_writes_a_row_for_each_run(run, tmp_path, monkeypatch):
     assert 1 < float(rmse) < float(most) and float(p95) < float(most) and 0 < float(top) < 100
 
 
-# ---- judge, paper -------------------------------------------------------------------------------
+# ---- judge --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def test_judge_perplexity_is_that_of_each_text_alone(run, tiny_folder, tmp_path, monkeypatch):
-    frontier.save(frontier.record(run, arm="kl_rev_rmse", command=""), tmp_path / "records")
+    sweep.save(sweep.record(run, arm="kl_rev_rmse", command=""), tmp_path / "records")
     monkeypatch.setattr(gemma, "folder", lambda: tiny_folder)
     command(monkeypatch, "judge", run.parent, tmp_path / "records")
-    [record] = frontier.load(tmp_path / "records")
+    [record] = sweep.load(tmp_path / "records")
     [healed] = [e for e in runs.read_events(run) if (e["stage"], e["round"]) == ("healed", 1)]
     model, chat = checks.load(str(tiny_folder), dtype="float32")
     losses = []
@@ -167,8 +168,3 @@ def test_judge_perplexity_is_that_of_each_text_alone(run, tiny_folder, tmp_path,
         losses += [-logp[len(prompt) + t - 1, token].item() for t, token in enumerate(answer)]
     judged = record.of("healed")[1]["judge_perplexity"]
     assert judged == pytest.approx(np.exp(np.mean(losses)), rel=1e-3)
-
-
-def test_the_paper_is_made_of_the_committed_records(tmp_path):
-    paper.main(paper.Config(ROOT / "results/runs", tmp_path / "paper.md"))
-    assert (tmp_path / "paper.md").read_text() == (ROOT / "results/paper.md").read_text()
