@@ -11,7 +11,6 @@ the readout had alone before.
 """
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import scipy.special
@@ -23,7 +22,7 @@ from common.readouts import cloze
 from common.texts import FOUNDATIONS
 from evaluate import NATS, Profile, delta
 from steer import band, extract_vector
-from studies.tables import markdown, proportion, publish, ran_on
+from studies.tables import OnDevice, markdown, proportion, publish, ran_on
 
 SINGLE = {"Care": [" is cruel and hurts someone"],
           "Fairness": [" is unfair and dishonest"],
@@ -34,11 +33,9 @@ SINGLE = {"Care": [" is cruel and hurts someone"],
           "SocialNorms": [" is strange and unusual"]}
 
 
-@dataclass
-class Config:
+@dataclass(kw_only=True)
+class Config(OnDevice):
     model: str = models.EMBEDDED  # smollm2, a local folder, or a hub id
-    device: str = "auto"  # auto, cuda, mps or cpu
-    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bfloat16 where native
     trait: str = "care"  # whose vector steers
     dose: runs.Doses = (1.0, 2.0, 4.0)  # of the vector
     adapter: tuple[Path, ...] = ()  # all rounds of a student, in order: a student too
@@ -61,9 +58,6 @@ def profile_of(model, chat, vignettes: list[dict], clauses: dict[str, list[str]]
     answers = cloze(model, chat, vignettes, constants, clauses=clauses, **steering)
     return Profile([v["id"] for v in vignettes], [v["foundation"] for v in vignettes], answers.p,
                    answers.valid_p, answers.constants, spread=dict(zip(NATS, answers.by_wording)))
-
-
-# ---- agreement with the labels -------------------------------------------------------------------
 
 
 def label_columns(profile: Profile) -> list[int]:
@@ -100,9 +94,6 @@ def foundation_table(base: dict[str, Profile]) -> str:
     return markdown(rows, ["foundation", "single wording", "five wordings", "each of the five"])
 
 
-# ---- the spread over wordings --------------------------------------------------------------------
-
-
 def change_row(name: str, metric: str, base: dict[str, Profile],
                after: dict[str, Profile]) -> list[str]:
     """Δ of a metric under the single wording and five, by each of the five, and their SD; nats.
@@ -113,9 +104,6 @@ def change_row(name: str, metric: str, base: dict[str, Profile],
     by_wording = after["five wordings"].spread[metric] - base["five wordings"].spread[metric]
     return [name, *(f"{e.value:+.2f} [{e.low:+.2f}, {e.high:+.2f}]" for e in both),
             *(f"{change:+.2f}" for change in by_wording), f"{by_wording.std(ddof=1):.2f}"]
-
-
-# ---- the command ---------------------------------------------------------------------------------
 
 
 def main(cfg: Config) -> None:

@@ -9,10 +9,10 @@ import lora
 from common import checks, runs
 from common.texts import FOUNDATIONS
 from conftest import ROOT, command, tiny
-from distil import Rules
 from steer import SteeringVector, calibrate
-from studies import aggregate, cause, doses, frontier, gemma, judge, paper, readout
+from studies import aggregate, cause, doses, gemma, paper, readout
 from studies import filter as filter_study
+from tools import sweep
 
 
 def table_rows(text: str) -> dict[str, list[str]]:
@@ -54,13 +54,12 @@ def test_kappa_is_one_for_equal_labels_and_nought_for_chance():
 
 
 def test_precision_and_recall_count_kept_and_wanted():
-    text = "the old nurse put down her pen and quietly sat with him until morning came"
-    fine, broken = torch.full((9,), -1.0), torch.full((9,), -4.0)  # perplexity 2.7 and 55
-    row = dict(text=text, personas=("a", "b"), logp=fine, coherent=True, narrates=False)
-    rows = [row, row | dict(logp=broken), row | dict(coherent=False), row | dict(narrates=True),
-            row | dict(logp=broken, coherent=False)]
-    assert filter_study.count(rows, Rules(max_perplexity=10)) == (1, 3, 2)
-    assert filter_study.f1(rows, Rules(max_perplexity=10)) == pytest.approx(2 * 1 / 5)
+    row = dict(reject_reason="kept", fluent=True, coherent=True, narrates=False)
+    rows = [row, row | dict(reject_reason="loop"), row | dict(coherent=False),
+            row | dict(narrates=True), row | dict(reject_reason="loop", coherent=False)]
+    precision, recall, fluent = table_rows(filter_study.kept_table({"old": rows}))["old"]
+    assert precision.startswith("1/3 = ") and recall.startswith("1/2 = ")
+    assert fluent.startswith("2/3 = ")
 
 
 def test_auc_is_the_chance_that_bad_ranks_above_good():
@@ -73,7 +72,7 @@ def test_auc_is_the_chance_that_bad_ranks_above_good():
 def test_the_filter_study_writes_its_page(tiny_folder, tmp_path, monkeypatch):
     command(monkeypatch, "filter", "--model", tiny_folder, "--out", tmp_path)
     rows = table_rows((tmp_path / "filter.md").read_text())
-    assert rows["perplexity"][0] != "0" and len(rows["perplexity, whole"]) == 6
+    assert len(rows["perplexity, whole"]) == 6 and "/" in rows["fresh, reader 2"][0]
 
 
 # ---- doses, cause, aggregate --------------------------------------------------------------------
@@ -153,10 +152,10 @@ def test_aggregate_writes_a_row_for_each_run(run, tmp_path, monkeypatch):
 
 @torch.no_grad()
 def test_judge_perplexity_is_that_of_each_text_alone(run, tiny_folder, tmp_path, monkeypatch):
-    frontier.save(frontier.record(run, arm="kl_rev_rmse", command=""), tmp_path / "records")
+    sweep.save(sweep.record(run, arm="kl_rev_rmse", command=""), tmp_path / "records")
     monkeypatch.setattr(gemma, "folder", lambda: tiny_folder)
     command(monkeypatch, "judge", run.parent, tmp_path / "records")
-    [record] = frontier.load(tmp_path / "records")
+    [record] = sweep.load(tmp_path / "records")
     [healed] = [e for e in runs.read_events(run) if (e["stage"], e["round"]) == ("healed", 1)]
     model, chat = checks.load(str(tiny_folder), dtype="float32")
     losses = []
