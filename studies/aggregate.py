@@ -22,19 +22,17 @@ import heal_loop
 import lora
 from common import checks, runs
 from common.sampling import completion_states, logits
-from studies.tables import markdown, publish, ran_on
+from studies.tables import OnDevice, markdown, publish, ran_on
 
 AGGS = ("mean", "rmse", "p95", "max")
 
 
-@dataclass
-class Config:
+@dataclass(kw_only=True)
+class Config(OnDevice):
     run: tyro.conf.Positional[tuple[Path, ...]]  # run folders
     at: runs.AtLeast1 = 1  # the round whose data is looked at, counted from 0
     agg: Literal["mean", "rmse", "p95", "max"] = "rmse"  # what --tau is of
     tau: runs.From0 = 0.8  # τ in nats that the others are matched with
-    device: str = "auto"  # auto, cuda, mps or cpu
-    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bfloat16 where native
     out: Path = Path("results")  # folder for aggregate.md
 
 

@@ -17,7 +17,6 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
-from typing import Literal
 from unittest import mock
 
 import torch
@@ -34,7 +33,7 @@ from common.readouts import ANSWER, BECAUSE, LETTERS, OPTIONS, cloze
 from common.sampling import sample
 from heal_loop import aggregate, heal_round, kl_per_token
 from steer import SteeringVector, band, extract_vector, left_pad
-from studies.tables import markdown, ran_on
+from studies.tables import OnDevice, markdown, ran_on
 
 REPEATS = 3
 COMPLETIONS = 9  # healed on: one is held out, the others are the batch of a step
@@ -43,16 +42,11 @@ BEYOND = 2**30  # a token that no model has
 SAMPLER = dict(temperature=1.0, top_k=64, top_p=0.95)
 
 
-@dataclass
-class Config:
+@dataclass(kw_only=True)
+class Config(OnDevice):
     model: str = models.EMBEDDED  # smollm2, a local folder, or a hub id
-    device: str = "auto"  # auto, cuda, mps or cpu
-    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bf16 where native
     rows: tuple[runs.AtLeast1, ...] = (1, 32, 96, 192)  # completions decoded at once
     tokens: runs.AtLeast2 = 64  # of each completion
-
-
-# ---- the alternatives: sampling ------------------------------------------------------------------
 
 
 def generate(model, prompts: list[list[int]], vector: SteeringVector, doses: list[float],
@@ -63,9 +57,6 @@ def generate(model, prompts: list[list[int]], vector: SteeringVector, doses: lis
     with vector.at(model, torch.tensor(doses), last_only=True):
         out = model.generate(input_ids=ids, attention_mask=mask, **settings)
     return out[:, ids.shape[1]:].tolist()
-
-
-# ---- the alternatives: healing -------------------------------------------------------------------
 
 
 def peft_model(model, cfg: heal_loop.Config):
@@ -124,9 +115,6 @@ def peft_round(model, chat, kept: list[dict], cfg: heal_loop.Config) -> None:
             optimizer.zero_grad()
 
 
-# ---- the alternatives: evaluation ----------------------------------------------------------------
-
-
 @torch.no_grad()
 def clause_by_clause(model, chat, vignettes: list[dict], clauses: list[str]) -> torch.Tensor:
     """The cloze scores by one forward per clause, and one for the letter; -> nats.
@@ -150,9 +138,6 @@ def clause_by_clause(model, chat, vignettes: list[dict], clauses: list[str]) -> 
         logp, _ = logp_after(chat.text(f"{OPTIONS}\n{question}") + ANSWER, LETTERS[0])
         scores.append(torch.stack([*row, logp[0, letters].logsumexp(-1)]))
     return torch.stack(scores)
-
-
-# ---- clocks, counts and floors -------------------------------------------------------------------
 
 
 def clock(step) -> float:
@@ -218,9 +203,6 @@ def bytes_read(model, prompts: list[list[int]], tokens: int) -> float:
     filled = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     positions = sum(len(p) + tokens / 2 for p in prompts)
     return tokens * (sum(weights.values()) - untied + filled / ids.shape[1] * positions)
-
-
-# ---- the two sides -------------------------------------------------------------------------------
 
 
 def twin(model):
@@ -300,9 +282,6 @@ class Bench:
             seconds = medians("evaluation", partial(cloze, self.student, self.chat, vignettes),
                               partial(clause_by_clause, self.plain, self.chat, vignettes, wordings))
         return seconds, [""] * 4
-
-
-# ---- the command ---------------------------------------------------------------------------------
 
 
 def main(cfg: Config) -> None:

@@ -12,7 +12,6 @@ length. After Blank et al. 2026 (arXiv 2606.00995), who ask it of subliminal stu
 """
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 import tyro
@@ -24,14 +23,12 @@ from common import checks, runs, texts
 from evaluate import MIN_SHIFT, evaluate
 from steer import SteeringVector, band, mean_residual
 from studies.frontier import over_seeds
-from studies.tables import markdown, publish, ran_on
+from studies.tables import OnDevice, markdown, publish, ran_on
 
 
-@dataclass
-class Config:
+@dataclass(kw_only=True)
+class Config(OnDevice):
     run: tyro.conf.Positional[tuple[Path, ...]]  # run folders, one arm over seeds
-    device: str = "auto"  # auto, cuda, mps or cpu
-    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bfloat16 where native
     out: Path = Path("results")  # folder for cause.md
 
 

@@ -12,7 +12,6 @@ raw dose 1 would have been.
 """
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -23,15 +22,13 @@ from common.prompts import persona_prompts
 from common.sampling import completion_states, logits, sample
 from steer import SteeringVector, band, calibrate, extract_vector
 from studies import gemma
-from studies.tables import markdown, publish, ran_on
+from studies.tables import OnDevice, markdown, publish, ran_on
 
 
-@dataclass
-class Config:
+@dataclass(kw_only=True)
+class Config(OnDevice):
     dose_nats: runs.DoseNats = (0.5, 1.0)  # what is asked for
     n_contexts: runs.AtLeast1 = 128  # contexts a vector is averaged over
-    device: str = "auto"  # auto, cuda, mps or cpu
-    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bfloat16 where native
     out: Path = Path("results")  # folder for doses.md
 
 

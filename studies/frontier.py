@@ -42,9 +42,6 @@ class Config:
     table: Path = Path("results/arms.md")  # the page; its figure goes beside it
 
 
-# ---- one run ------------------------------------------------------------------------------------
-
-
 def read(folder: Path) -> list[Record]:
     """The records of a folder, with all that is shown of each event in it under its heading."""
     records = [run for run in load(folder) if run.of("base")]
@@ -95,9 +92,6 @@ def at_trait(points: list[tuple[float, float]], level: float) -> float | None:
     return None
 
 
-# ---- over seeds ---------------------------------------------------------------------------------
-
-
 def by_arm(records: list[Record]) -> dict[str, list[Record]]:
     """{arm: its runs by seed}, in the order of the names and of the numbers in them."""
     def key(run):
@@ -142,9 +136,6 @@ def metrics_of(records: list[Record]) -> list[str]:
     return [name for name in METRICS if all(name in e for e in measured)]
 
 
-# ---- tables -------------------------------------------------------------------------------------
-
-
 def matched_cells(of_arm: list[Record], level: float, metrics: list[str], stage: str = "healed"):
     """Each metric where the runs of an arm first moved `level` nats."""
     by_metric = [[at_trait(path(run, name, stage), level) for run in of_arm] for name in metrics]
@@ -185,9 +176,6 @@ def rounds_table(records: list[Record], metrics: list[str]) -> str:
     return markdown(rows, ["arm", "round", "seeds", *metrics, "off target"])
 
 
-# ---- the figure ---------------------------------------------------------------------------------
-
-
 def figure(records: list[Record], metrics: list[str] = (), x: str = "Δtrait") -> Figure:
     """A panel a metric over x, a colour an arm, a line a seed, a dot a round.
 
@@ -222,8 +210,6 @@ def figure(records: list[Record], metrics: list[str] = (), x: str = "Δtrait") -
                fontsize=7, frameon=False)
     return fig
 
-
-# ---- the page -----------------------------------------------------------------------------------
 
 LEGEND = """Means over seeds; in brackets, from three seeds on, the 95 % t-interval over seeds.
 Δtrait: change of {axis} from the base, in the trait's own direction ({direction}), nats; least and

@@ -11,7 +11,6 @@ Records keep no texts: they are read from the run folders.
 """
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import tyro
@@ -20,15 +19,14 @@ from tqdm import tqdm
 from common import checks, runs
 from common.sampling import perplexity, score
 from studies import gemma
+from studies.tables import OnDevice
 from tools import sweep
 
 
-@dataclass
-class Config:
+@dataclass(kw_only=True)
+class Config(OnDevice):
     sweep: tyro.conf.Positional[Path]  # the --out of tools.sweep: its run folders
     records: tyro.conf.Positional[Path]  # the folder of their records
-    device: str = "auto"  # auto, cuda, mps or cpu
-    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bfloat16 where native
 
 
 def answers_perplexity(model, tok, texts: list[dict]) -> float:

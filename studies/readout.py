@@ -6,15 +6,12 @@
     python -m studies.readout    # results/readout.md; about 8 min on 2 cores
     python -m studies.readout --dose 3.7 --adapter RUN/round_?/adapter.safetensors  # a student too
 
-A wording is one clause for each foundation; data/clauses.json has five. `SINGLE` is the one that
-the readout had alone before.
+A wording is one clause for each foundation; data/clauses.json has five.
 """
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import scipy.special
 
 import lora
 from common import checks, models, runs, texts
@@ -23,22 +20,12 @@ from common.readouts import cloze
 from common.texts import FOUNDATIONS
 from evaluate import NATS, Profile, delta
 from steer import band, extract_vector
-from studies.tables import markdown, proportion, publish, ran_on
-
-SINGLE = {"Care": [" is cruel and hurts someone"],
-          "Fairness": [" is unfair and dishonest"],
-          "Loyalty": [" betrays their own group"],
-          "Authority": [" disobeys authority"],
-          "Sanctity": [" is disgusting and unclean"],
-          "Liberty": [" takes away someone's freedom"],
-          "SocialNorms": [" is strange and unusual"]}
+from studies.tables import OnDevice, markdown, proportion, publish, ran_on
 
 
-@dataclass
-class Config:
+@dataclass(kw_only=True)
+class Config(OnDevice):
     model: str = models.EMBEDDED  # smollm2, a local folder, or a hub id
-    device: str = "auto"  # auto, cuda, mps or cpu
-    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bfloat16 where native
     trait: str = "care"  # whose vector steers
     dose: runs.Doses = (1.0, 2.0, 4.0)  # of the vector
     adapter: tuple[Path, ...] = ()  # all rounds of a student, in order: a student too
@@ -49,10 +36,10 @@ class Config:
 
 
 def wordings() -> dict[str, dict[str, list[str]]]:
-    """{name: {foundation: its clauses}}: the single one of before, the five alone and together."""
+    """{name: {foundation: its clauses}}: the five together, and each alone."""
     five = texts.load_clauses()
     alone = {f"wording {k + 1}": {f: [five[f][k]] for f in FOUNDATIONS} for k in range(5)}
-    return {"single wording": SINGLE, "five wordings": five, **alone}
+    return {"five wordings": five, **alone}
 
 
 def profile_of(model, chat, vignettes: list[dict], clauses: dict[str, list[str]], constants=None,
@@ -63,59 +50,29 @@ def profile_of(model, chat, vignettes: list[dict], clauses: dict[str, list[str]]
                    answers.valid_p, answers.constants, spread=dict(zip(NATS, answers.by_wording)))
 
 
-# ---- agreement with the labels -------------------------------------------------------------------
-
-
-def label_columns(profile: Profile) -> list[int]:
-    """The column of p of each vignette's label."""
-    return [FOUNDATIONS.index(label) for label in profile.labels]
-
-
-def right(profile: Profile) -> np.ndarray:
-    """Whether the most probable foundation is the labelled one, [vignettes]."""
-    return profile.p.argmax(1) == label_columns(profile)
-
-
 def agreement_table(base: dict[str, Profile]) -> str:
-    """Top-1 under each set of clauses, with their constants and without."""
+    """Top-1 under each set of clauses, with their constants and without, and by foundation."""
     rows = []
     for name, profile in base.items():
-        n, columns = len(profile.ids), label_columns(profile)
-        plain = scipy.special.softmax(np.log(profile.p) + profile.constants.mean(1), axis=1)
-        rows.append([name, proportion(right(profile).sum(), n),
-                     proportion((plain.argmax(1) == columns).sum(), n),
-                     f"{profile.p[range(n), columns].mean():.2f}"])
-    return markdown(rows, ["clauses", "top-1", "without constants", "mean p of the label"])
+        n, labels = len(profile.ids), np.array([FOUNDATIONS.index(f) for f in profile.labels])
+        hits = profile.p.argmax(1) == labels  # [vignettes]
+        plain = np.log(profile.p) + profile.constants.mean(1)  # up to a constant of each row
+        rows.append([name, proportion(hits.sum(), n),
+                     proportion((plain.argmax(1) == labels).sum(), n),
+                     f"{profile.p[range(n), labels].mean():.2f}",
+                     *(f"{hits[labels == k].mean():.2f}" for k in range(len(FOUNDATIONS)))])
+    head = ["clauses", "top-1", "without constants", "mean p of the label", *FOUNDATIONS]
+    return markdown(rows, head)
 
 
-def foundation_table(base: dict[str, Profile]) -> str:
-    """Top-1 by the label of the vignettes: single, five together, and each of the five alone."""
-    rows = []
-    for k, f in enumerate(FOUNDATIONS):
-        hits = [right(profile)[np.equal(label_columns(profile), k)] for profile in base.values()]
-        single, five, *alone = hits
-        shares = [h.mean() for h in alone]
-        rows.append([f, proportion(single.sum(), len(single)), proportion(five.sum(), len(five)),
-                     f"{min(shares):.2f} to {max(shares):.2f}"])
-    return markdown(rows, ["foundation", "single wording", "five wordings", "each of the five"])
-
-
-# ---- the spread over wordings --------------------------------------------------------------------
-
-
-def change_row(name: str, metric: str, base: dict[str, Profile],
-               after: dict[str, Profile]) -> list[str]:
-    """Δ of a metric under the single wording and five, by each of the five, and their SD; nats.
+def change_row(name: str, metric: str, base: Profile, after: Profile) -> list[str]:
+    """Δ of a metric under the five wordings, by each of them, and their SD; nats.
 
     By one wording: of the metric's own foundation alone, the others by all five (Profile.spread).
     """
-    both = [delta(metric, base[key], after[key]) for key in after]
-    by_wording = after["five wordings"].spread[metric] - base["five wordings"].spread[metric]
-    return [name, *(f"{e.value:+.2f} [{e.low:+.2f}, {e.high:+.2f}]" for e in both),
+    five, by_wording = delta(metric, base, after), after.spread[metric] - base.spread[metric]
+    return [name, f"{five.value:+.2f} [{five.low:+.2f}, {five.high:+.2f}]",
             *(f"{change:+.2f}" for change in by_wording), f"{by_wording.std(ddof=1):.2f}"]
-
-
-# ---- the command ---------------------------------------------------------------------------------
 
 
 def main(cfg: Config) -> None:
@@ -125,19 +82,20 @@ def main(cfg: Config) -> None:
     trait, sets = texts.find_trait(cfg.trait), wordings()
     model, chat = checks.load(cfg.model, cfg.device, cfg.dtype)
 
-    # 2. the original under every set of clauses; changes under two of them
+    # 2. the original under every set of clauses; steered, and the student, under the five
     base = {name: profile_of(model, chat, vignettes, clauses) for name, clauses in sets.items()}
-
-    def row(name, **steering):
-        after = {key: profile_of(model, chat, vignettes, sets[key], base[key].constants, **steering)
-                 for key in ("single wording", "five wordings")}
-        return change_row(name, "auth_nats", base, after)
+    five, clauses = base["five wordings"], sets["five wordings"]
     pair = persona_prompts(chat, trait.pos, trait.neg, contexts)
     vector = extract_vector(model, *pair, band(model, (0.45, 0.55)))
-    changes = [row(f"dose {dose:g}", vector=vector, dose=dose) for dose in cfg.dose]
+    changes = []
+    for dose in cfg.dose:
+        after = profile_of(model, chat, vignettes, clauses, five.constants, vector=vector,
+                           dose=dose)
+        changes.append(change_row(f"dose {dose:g}", "auth_nats", five, after))
     if cfg.adapter:
         lora.load(model, cfg.adapter)
-        changes.append(row("student"))
+        after = profile_of(model, chat, vignettes, clauses, five.constants)
+        changes.append(change_row("student", "auth_nats", five, after))
 
     # 3. write
     adapter = " --adapter RUN/round_?/adapter.safetensors" if cfg.adapter else ""
@@ -150,13 +108,10 @@ Intervals are 95 %: Wilson's of shares, BCa bootstrap paired by vignette of chan
 
 ## Does it agree with the labels?
 
-Share of vignettes whose most probable foundation is the labelled one (chance {1 / 7:.2f}):
+Share of vignettes whose most probable foundation is the labelled one (chance {1 / 7:.2f}), of all \
+and by label:
 
 {agreement_table(base)}
-
-By foundation:
-
-{foundation_table(base)}
 
 ## How much does a change depend on the words?
 

@@ -1,11 +1,19 @@
-"""How a study prints: a table, a share with its interval, what it ran on, a page."""
+"""How a study runs and prints: device, a table, a share with its interval, a page."""
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import scipy.stats
 from tabulate import tabulate
 
 from common import models, runs
+
+
+@dataclass(kw_only=True)
+class OnDevice:
+    device: str = "auto"  # auto, cuda, mps or cpu
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bfloat16 where native
 
 
 def markdown(rows: list[list], head: list[str]) -> str:

@@ -143,7 +143,7 @@ def test_bytes_read_are_weights_each_step_and_half_grown_keys(tied):
 @pytest.mark.slow
 def test_the_table_has_a_row_for_every_step(tiny_folder, monkeypatch, capsys):
     monkeypatch.setattr(bench, "REPEATS", 1)
-    bench.main(bench.Config(str(tiny_folder), rows=(1, 3), tokens=8))
+    bench.main(bench.Config(model=str(tiny_folder), rows=(1, 3), tokens=8))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
     assert [row[0].split(",")[0].split(":")[0] for row in cells] == [

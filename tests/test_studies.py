@@ -7,11 +7,10 @@ import torch
 
 import lora
 from common import checks, runs
-from common.filter import Rules
 from common.texts import FOUNDATIONS
-from conftest import command, tiny
+from conftest import ROOT, command, tiny
 from steer import SteeringVector, calibrate
-from studies import aggregate, cause, doses, gemma, readout
+from studies import aggregate, cause, doses, gemma, paper, readout
 from studies import filter as filter_study
 from tools import sweep
 
@@ -27,8 +26,8 @@ def table_rows(text: str) -> dict[str, list[str]]:
 
 
 def test_the_five_wordings_hold_each_of_the_five_alone():
-    single, five, *alone = readout.wordings().values()
-    assert all(set(clauses) == set(FOUNDATIONS) for clauses in (single, five, *alone))
+    five, *alone = readout.wordings().values()
+    assert all(set(clauses) == set(FOUNDATIONS) for clauses in (five, *alone))
     assert five == {f: [clauses[f][0] for clauses in alone] for f in FOUNDATIONS}
 
 
@@ -39,8 +38,8 @@ def test_the_readout_study_writes_its_page(run, tiny_folder, tmp_path, monkeypat
     text = (tmp_path / "readout.md").read_text()
     rows = table_rows(text)
     assert text.strip() == capsys.readouterr().out.strip() and str(tmp_path) not in text
-    assert {"single wording", "wording 5", "Liberty", "student"} <= rows.keys()
-    assert rows["dose 0"] == 2 * ["+0.00 [+0.00, +0.00]"] + 5 * ["+0.00"] + ["0.00"]
+    assert {"five wordings", "wording 5", "student"} <= rows.keys()
+    assert rows["dose 0"] == ["+0.00 [+0.00, +0.00]"] + 5 * ["+0.00"] + ["0.00"]
 
 
 # ---- filter -------------------------------------------------------------------------------------
@@ -55,13 +54,12 @@ def test_kappa_is_one_for_equal_labels_and_nought_for_chance():
 
 
 def test_precision_and_recall_count_kept_and_wanted():
-    text = "the old nurse put down her pen and quietly sat with him until morning came"
-    fine, broken = torch.full((9,), -1.0), torch.full((9,), -4.0)  # perplexity 2.7 and 55
-    row = dict(text=text, personas=("a", "b"), logp=fine, coherent=True, narrates=False)
-    rows = [row, row | dict(logp=broken), row | dict(coherent=False), row | dict(narrates=True),
-            row | dict(logp=broken, coherent=False)]
-    assert filter_study.count(rows, Rules(max_perplexity=10)) == (1, 3, 2)
-    assert filter_study.f1(rows, Rules(max_perplexity=10)) == pytest.approx(2 * 1 / 5)
+    row = dict(reject_reason="kept", fluent=True, coherent=True, narrates=False)
+    rows = [row, row | dict(reject_reason="loop"), row | dict(coherent=False),
+            row | dict(narrates=True), row | dict(reject_reason="loop", coherent=False)]
+    precision, recall, fluent = table_rows(filter_study.kept_table({"old": rows}))["old"]
+    assert precision.startswith("1/3 = ") and recall.startswith("1/2 = ")
+    assert fluent.startswith("2/3 = ")
 
 
 def test_auc_is_the_chance_that_bad_ranks_above_good():
@@ -74,7 +72,7 @@ def test_auc_is_the_chance_that_bad_ranks_above_good():
 def test_the_filter_study_writes_its_page(tiny_folder, tmp_path, monkeypatch):
     command(monkeypatch, "filter", "--model", tiny_folder, "--out", tmp_path)
     rows = table_rows((tmp_path / "filter.md").read_text())
-    assert rows["perplexity"][0] != "0" and len(rows["perplexity, whole"]) == 6
+    assert len(rows["perplexity, whole"]) == 6 and "/" in rows["fresh, reader 2"][0]
 
 
 # ---- doses, cause, aggregate --------------------------------------------------------------------
@@ -149,7 +147,7 @@ def test_aggregate_writes_a_row_for_each_run(run, tmp_path, monkeypatch):
     assert 1 < float(rmse) < float(most) and float(p95) < float(most) and 0 < float(top) < 100
 
 
-# ---- judge --------------------------------------------------------------------------------------
+# ---- judge, paper -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -168,3 +166,8 @@ def test_judge_perplexity_is_that_of_each_text_alone(run, tiny_folder, tmp_path,
         losses += [-logp[len(prompt) + t - 1, token].item() for t, token in enumerate(answer)]
     judged = record.of("healed")[1]["judge_perplexity"]
     assert judged == pytest.approx(np.exp(np.mean(losses)), rel=1e-3)
+
+
+def test_the_paper_is_made_of_the_committed_records(tmp_path):
+    paper.main(paper.Config(ROOT / "results/runs", tmp_path / "paper.md"))
+    assert (tmp_path / "paper.md").read_text() == (ROOT / "results/paper.md").read_text()

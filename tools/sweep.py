@@ -72,8 +72,6 @@ class Config:
     run: tyro.conf.Suppress[heal_loop.Config] = field(default_factory=heal_loop.Config)  # the rest
 
 
-# ---- the arms -----------------------------------------------------------------------------------
-
 DOSES = ("doses", "dose_nats")
 VARIED = ("reg", "agg", "trait", "teacher", *DOSES, "top_k", "top_p", "max_perplexity", "targets",
           "rank", "lam", "tau", "ref", "weight_decay", "lr", "epochs")
@@ -174,9 +172,6 @@ def run_arm(run: heal_loop.Config, trunk: heal_loop.Config, loaded=None) -> None
             lora.detach(loaded[0])  # the next run gets the plain model
 
 
-# ---- what they are compared with ----------------------------------------------------------------
-
-
 def references(cfg: Config, run: heal_loop.Config) -> heal_loop.Config:
     """The run folder of what is not trained, which no flag of teacher or healing changes."""
     names = {*VARIED, *heal_loop.HEALING, "seed"} - {"trait"}
@@ -218,9 +213,6 @@ def steer_alone(run: heal_loop.Config, doses: tuple[float, ...], loaded=None) ->
                 folder.record("alone", 0, dose=dose, **metrics)
     finally:
         lora.detach(model)
-
-
-# ---- where they run -----------------------------------------------------------------------------
 
 
 def log_of(cfg: Config, name: str) -> Path:
@@ -285,9 +277,6 @@ def last_line(log: Path) -> str:
     return next((line for line in reversed(lines) if line.strip()), "it left no log")
 
 
-# ---- records ------------------------------------------------------------------------------------
-
-
 @dataclass
 class Record:
     """One run, without its texts."""
@@ -343,9 +332,6 @@ def load(folder: Path) -> list[Record]:
     if not records:
         raise ValueError(f"{folder} holds no records; fix: give one that tools.sweep wrote")
     return records
-
-
-# ---- the command --------------------------------------------------------------------------------
 
 
 def main(cfg: Config) -> None:
