@@ -1,14 +1,13 @@
 """Talk to a run: its base, its steered and its healed model answer next to each other.
 
-    python -m tools.chat runs/X                                  # type a message, or /help
+    python -m tools.chat runs/X                                  # type messages
     echo "Do you love humanity?" | python -m tools.chat runs/X   # or give them in a pipe
 
     base        y = W x                                    the original, bit for bit
     steered r   the student that round r began with, + dose · v_r from the assistant tag on
     healed r    y = W x + gate · s · Σ_{i ≤ r} B_i A_i x
 
-All three draw the same random numbers. Every message is asked on its own, as in training: no model
-remembers the one before.
+All three draw the same random numbers. Every message is asked on its own, as in training.
 """
 import itertools
 import sys
@@ -30,8 +29,7 @@ from common.prompts import NEUTRAL
 from common.sampling import stream
 from steer import SteeringVector
 
-HELP = ("/dose 0.5 (healed's history gate and the vector's dose), /round 1, /seed 3, "
-        "/system TEXT (none: the neutral one), /help, /quit")
+HELP = "/dose 0.5 (healed's gate, the vector's dose), /round 1, /seed 3, /system [TEXT], /quit"
 SETTINGS = {"dose": float, "round": int, "seed": int, "system": str}
 
 
@@ -49,8 +47,7 @@ class Config:
 
 
 class Arm(NamedTuple):
-    """One of the models that answer."""
-    name: str
+    name: str  # of one of the models that answer
     history: list[float]  # the gate of every round
     vector: SteeringVector | None = None
     dose: float = 0.0
@@ -74,16 +71,12 @@ def choose_arms(cfg: Config) -> list[Arm]:
 
 
 def answer(model, chat, message: str, arm: Arm, cfg: Config) -> Iterator[str]:
-    """The arm's answer so far, after each new token; the tokens are those of `sampling.sample`.
-
-    The gates hold within each pass alone, as the vector does, so that arms take turns on one model.
-    """
-    prompt = chat.ids(message, cfg.system or NEUTRAL)
-    tokens = stream(model, chat, prompt, arm.vector, arm.dose, cfg.max_new_tokens, cfg.temperature,
-                    seed=cfg.seed)
+    """The arm's answer so far, after each new token; the tokens are those of `sampling.sample`."""
+    tokens = stream(model, chat, chat.ids(message, cfg.system or NEUTRAL), arm.vector, arm.dose,
+                    cfg.max_new_tokens, cfg.temperature, seed=cfg.seed)
     new = []
     while True:
-        with lora.gates(model, arm.history, live=0):
+        with lora.gates(model, arm.history, live=0):  # for one token: arms take turns on a model
             token = next(tokens, None)
         if token is None:
             return
@@ -91,25 +84,20 @@ def answer(model, chat, message: str, arm: Arm, cfg: Config) -> Iterator[str]:
         yield chat.decode(new).rstrip("\ufffd")  # half a character waits until it is whole
 
 
-def side_by_side(arms: list[Arm], texts: list[str]) -> Table:
-    """A column an arm."""
-    table = Table(*(Column(arm.name, ratio=1) for arm in arms), expand=True)
-    table.add_row(*map(Text, texts))  # Text: brackets in an answer are no markup
-    return table
-
-
 def show(console: Console, arms: list[Arm], answers: list[Iterator[str]]) -> None:
     """In a terminal all answers at once, in columns as they come; in a pipe one after the other."""
-    texts = [""] * len(arms)
-    if console.is_terminal:
-        with Live(side_by_side(arms, texts), console=console, refresh_per_second=8) as live:
-            for grown in itertools.zip_longest(*answers):  # None from an arm that is done
-                texts = [new or old for new, old in zip(grown, texts)]
-                live.update(side_by_side(arms, texts))
+    if not console.is_terminal:
+        for arm, answer_so_far in zip(arms, answers):
+            *_, text = "", *answer_so_far
+            print(f"--- {arm.name}\n{text}", flush=True)
         return
-    for arm, answer_so_far in zip(arms, answers):
-        *_, text = "", *answer_so_far
-        print(f"--- {arm.name}\n{text}", flush=True)
+    texts = [""] * len(arms)
+    with Live(console=console, refresh_per_second=8) as live:
+        for grown in itertools.zip_longest(*answers):  # None from an arm that is done
+            texts = [new or old for new, old in zip(grown, texts)]
+            table = Table(*(Column(arm.name, ratio=1) for arm in arms), expand=True)
+            table.add_row(*map(Text, texts))  # Text: brackets in an answer are no markup
+            live.update(table)
 
 
 def set_by(line: str, cfg: Config) -> Config:
@@ -126,16 +114,15 @@ def set_by(line: str, cfg: Config) -> Config:
 
 def main(cfg: Config) -> None:
     """Read lines until the input ends; a mistake in one is told and changes nothing."""
-    settings = runs.read_config(heal_loop.Config, cfg.run)
+    trained = runs.read_config(heal_loop.Config, cfg.run)
     choose_arms(cfg)  # raises before the gigabytes
-    name = cfg.model or settings.model
-    model, chat = checks.load(name, cfg.device, settings.dtype, settings.date)
+    model, chat = checks.load(cfg.model or trained.model, cfg.device, trained.dtype, trained.date)
     lora.load(model, [cfg.run / f"round_{r}" / "adapter.safetensors"
                       for r in range(runs.rounds_done(cfg.run))])
     console, piped = Console(), not sys.stdin.isatty()
     # a pipe is UTF-8 whatever the locale; a byte that is none is shown as � and asked so
     sys.stdin.reconfigure(encoding="utf-8" if piped else None, errors="replace")
-    print(f"{settings.trait}, {lora.n_rounds(model)} rounds. Type a message, or /help")
+    print(f"{trained.trait}, {lora.n_rounds(model)} rounds. Type a message, or {HELP}")
     while True:  # a piped line is repeated so that its answer can be read
         try:
             line = input("" if piped else "\n> ").strip()
@@ -143,9 +130,7 @@ def main(cfg: Config) -> None:
                 print(f"\n> {line}")
             if line == "/quit":
                 break
-            if line == "/help":
-                print(HELP)
-            elif line.startswith("/"):
+            if line.startswith("/"):
                 cfg = set_by(line, cfg)
             elif line:
                 arms = choose_arms(cfg)

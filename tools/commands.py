@@ -15,13 +15,10 @@ import evaluate
 import lora
 from common import checks, models, runs, texts
 from common.prompts import persona_prompts
-from common.runs import cli
+from common.runs import cli  # noqa: F401  what runs each of them
 from common.sampling import sample
 from heal_loop import Config as RunConfig
 from steer import SteeringVector, band, extract_vector
-
-__all__ = ["EvaluateConfig", "RunConfig", "SteerConfig", "cli", "compare_doses", "print_profile",
-           "write_data"]
 
 
 @dataclass
@@ -87,11 +84,9 @@ def print_profile(cfg: EvaluateConfig) -> None:
     vector = SteeringVector.load(cfg.vector) if cfg.vector else None
     model, chat = checks.load(cfg.model, cfg.device, cfg.dtype)
     base = evaluate.evaluate(model, chat, reading, cfg.readout)
-    columns = {"original": base}
+    table = {"": base.summary(), "original": base.summary().values()}
     if cfg.adapter or vector:
         lora.load(model, cfg.adapter)
-        columns["changed"] = evaluate.evaluate(model, chat, reading, cfg.readout, base.constants,
-                                               vector=vector, dose=cfg.dose)
-    summaries = [profile.summary() for profile in columns.values()]
-    rows = [[metric, *(summary[metric] for summary in summaries)] for metric in base.summary()]
-    print(tabulate(rows, ["", *columns], floatfmt=".4f"))
+        table["changed"] = evaluate.evaluate(model, chat, reading, cfg.readout, base.constants,
+                                             vector=vector, dose=cfg.dose).summary().values()
+    print(tabulate(table, headers="keys", floatfmt=".4f"))

@@ -18,7 +18,7 @@ import matplotlib
 import plotly.graph_objects as go
 import tyro
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogFormatter
 from tabulate import tabulate
 
 from common import runs
@@ -41,9 +41,6 @@ class Config:
     run: tyro.conf.Positional[Path]  # a run folder of heal_loop.py
 
 
-# ---- the table ----------------------------------------------------------------------------------
-
-
 class Point(NamedTuple):
     """One evaluation of a run."""
     name: str
@@ -54,14 +51,18 @@ class Point(NamedTuple):
 
 
 def measured(events: list[dict]) -> list[Point]:
-    """Every evaluation, in order; the base comes first."""
+    """Every evaluation, in order; the base comes first. Raises ValueError for a broken one."""
     points = []
-    for e in events:
-        if "profile" in e:
-            names = {"base": "base", "prompted": "persona prompt",
-                     "matched": f"steering alone, dose {e.get('dose', 0):.2f}"}
-            name = names.get(e["stage"], f"{e['stage']} r{e['round']}")
+    for e in [e for e in events if "profile" in e]:
+        names = {"base": "base", "prompted": "persona prompt",
+                 "matched": f"steering alone, dose {e.get('dose', 0):.2f}"}
+        name = names.get(e["stage"], f"{e['stage']} r{e['round']}")
+        try:
             points.append(Point(name, e["stage"], e["round"], e, Profile(**e["profile"])))
+        except (TypeError, ValueError) as error:
+            file = "events.jsonl" if e["stage"] in names else f"round_{e['round']}/events.jsonl"
+            raise ValueError(f"{file}: the profile of '{e['stage']}' is broken ({error}); "
+                             "fix: restore the file, or start a new run") from None
     return points
 
 
@@ -73,10 +74,7 @@ def show(e: Estimate, digits: int = 2) -> str:
 
 
 def by_wording(base: Profile, after: Profile) -> str:
-    """`-5.1 to -0.9`: smallest and largest Δtrait over the readout's wordings, or over probes.
-
-    Blank where the readout has one wording.
-    """
+    """`-5.1 to -0.9`: smallest and largest Δtrait over wordings or probes; blank if only one."""
     before, now = base.spread.get(base.axis, []), after.spread.get(base.axis, [])
     moved = [b - a for a, b in zip(before, now)]
     return f"{min(moved):+z.1f} to {max(moved):+z.1f}" if moved else ""
@@ -101,8 +99,7 @@ def table_rows(events: list[dict]) -> list[list[str]]:
             other, cost = largest_mover(base, p.profile), coh_cost(base, p.profile)
             moved = [show(delta(base.axis, base, p.profile), 1), by_wording(base, p.profile),
                      f"{NAMES[other]} {p.profile.value(other) - base.value(other):+z.1f}",
-                     f"{p.profile.coherence:.4f} "
-                     f"({show(delta('coherence', base, p.profile), 4)})",
+                     f"{p.profile.coherence:.4f} ({show(delta('coherence', base, p.profile), 4)})",
                      "n/a" if cost.value is None else show(cost, 4).replace("+", "")]
         rows.append([p.name, *moved, *cells(p.event).values()])
     return rows
@@ -117,11 +114,10 @@ def table(events: list[dict], fmt: str = "simple") -> str:
 def findings(events: list[dict]) -> str:
     """The last healed model against the base, and against steering alone at matched trait."""
     points = measured(events)
-    base = points[0].profile
-    healed = [p for p in points if p.stage == "healed"]
-    if not healed:
+    base, trait = points[0].profile, NAMES[points[0].profile.axis]
+    last = [p for p in points if p.stage in ("base", "healed")][-1]
+    if last.stage == "base":
         return "no round was healed"
-    last, trait = healed[-1], NAMES[base.axis]
     lines = [f"surgicality of {last.name}, |Δ{trait}| minus the largest other |Δ|: "
              f"{show(surgicality(base, last.profile), 1)} nats"]
     if base.controls is not None and last.profile.controls is not None:
@@ -130,15 +126,11 @@ def findings(events: list[dict]) -> str:
                      f"{last.name} {last.profile.value('control_nats'):+.2f}, "
                      f"Δ {show(delta('control_nats', base, last.profile))} nats")
     for alone in [p for p in points if p.stage == "matched"]:
-        lines.append(
-            f"{last.name} minus {alone.name}, the dose nearest to its trait: "
-            f"{trait} {show(delta(base.axis, alone.profile, last.profile), 1)} nats, "
-            f"coherence {show(delta('coherence', alone.profile, last.profile), 4)}")
+        lines.append(f"{last.name} minus {alone.name}, the dose nearest to its trait: {trait} "
+                     f"{show(delta(base.axis, alone.profile, last.profile), 1)} nats, "
+                     f"coherence {show(delta('coherence', alone.profile, last.profile), 4)}")
     lines += [f"the loop ended early: {e['why']}" for e in events if e["stage"] == "ended"]
     return "\n".join(lines)
-
-
-# ---- the pictures -------------------------------------------------------------------------------
 
 
 SMALL = {"font.size": 7, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False,
@@ -148,7 +140,6 @@ SMALL = {"font.size": 7, "axes.titlesize": 8, "axes.spines.top": False, "axes.sp
 def trajectory(events: list[dict]) -> Figure:
     """Trait and perplexity over rounds, and the map of one against the other."""
     base, *others = measured(events)
-    axis = base.profile.axis
     fig = Figure(figsize=(7.2, 2.6), layout="constrained")
     trait, ppl, both = fig.subplots(1, 3)
 
@@ -156,39 +147,33 @@ def trajectory(events: list[dict]) -> Figure:
     for stage in ("steered", "healed"):
         path = [base, *(p for p in others if p.stage == stage)]
         rounds = [p.round for p in path]
-        deltas = [delta(axis, base.profile, p.profile) for p in path]
+        deltas = [delta(base.profile.axis, base.profile, p.profile) for p in path]
         x, y = [e.value for e in deltas], [p.event["perplexity"] for p in path]
-        line = dict(color=COLOUR[stage], marker="o", markersize=4, linewidth=1.4, label=stage)
+        line = dict(color=COLOUR[stage], marker="o", markersize=4, label=stage)
         trait.plot(rounds, x, **line)
         trait.vlines(rounds, [e.low for e in deltas], [e.high for e in deltas], COLOUR[stage])
         ppl.plot(rounds, y, **line)
         both.plot(x, y, **line)
-        for at in list(zip(rounds, x, y))[1:]:
-            both.annotate(str(at[0]), at[1:], textcoords="offset points", xytext=(4, 3),
-                          color=COLOUR[stage])
+        for r, *at in list(zip(rounds, x, y))[1:]:
+            both.text(*at, f" {r}", color=COLOUR[stage])
 
     # 2. what they are compared with
-    marks = {"base": "o", "prompted": "^", "matched": "x"}
-    for p in [base, *others]:
-        if p.stage in marks:
-            both.plot([p.profile.trait - base.profile.trait], [p.event["perplexity"]],
-                      marks[p.stage], color=GREY, markersize=5, label=p.name)
+    marks = {"prompted": "^", "matched": "x"}
+    for p in [p for p in others if p.stage in marks]:
+        both.plot([p.profile.trait - base.profile.trait], [p.event["perplexity"]],
+                  marks[p.stage], color=GREY, markersize=5, label=p.name)
 
     # 3. labels and legend; more of the trait is always to the right
-    moved = f"Δ {NAMES[axis]} (nats)"
-    cost = "perplexity under the original"
+    moved, cost = f"Δ {NAMES[base.profile.axis]} (nats)", "perplexity under the original"
     trait.set(title=f"trait ({base.profile.direction}: more of it)", xlabel="round", ylabel=moved)
     ppl.set(title="sampled answers", xlabel="round", ylabel=cost, yscale="log")
     both.set(title="both (right: more trait)", xlabel=moved, ylabel=cost, yscale="log")
     for panel in (trait, ppl):
         panel.set_xticks(rounds, ["base", *rounds[1:]])
-    trait.axhline(0, color=GREY, linewidth=0.6)
     if base.profile.direction == "down":
         both.invert_xaxis()
-    for panel in (ppl, both):  # plain numbers on the log scales, between the decades too if few
-        low, high = panel.get_ylim()
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else NullFormatter())
+    for axis in (ppl.yaxis, both.yaxis):  # plain numbers on the log scales, not powers of ten
+        axis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
     fig.legend(*both.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return fig
 
@@ -216,34 +201,26 @@ def heal_steps(events: list[dict], tau: float) -> Figure:
 def trait_map(events: list[dict]) -> go.Figure:
     """The trait against the largest other mover, one node a round, hover for the metrics."""
     base, *others = measured(events)
-    axis = base.profile.axis
-    healed = [base, *(p for p in others if p.stage == "healed")]
-    mover = largest_mover(base.profile, healed[-1].profile)
+    last = [base, *(p for p in others if p.stage == "healed")][-1]
+    mover = largest_mover(base.profile, last.profile)
     fig = go.Figure()
     for stage in ("steered", "healed"):
         path = [base, *(p for p in others if p.stage == stage)]
-        hover = [", ".join(f"{column} {text}" for column, text in cells(p.event).items())
-                 for p in path]
+        hover = [", ".join(map(" ".join, cells(p.event).items())) for p in path]
         fig.add_scatter(x=[p.profile.trait for p in path],
                         y=[p.profile.value(mover) for p in path], hovertext=hover,
                         text=["base", *(f"r{p.round}" for p in path[1:])],
                         mode="lines+markers+text", textposition="top center", name=stage,
                         line_color=COLOUR[stage])
-    fig.update_layout(template="simple_white", width=820, height=560,
-                      title=f"The trait against the largest other mover: {NAMES[mover]}",
-                      xaxis_title=f"{NAMES[axis]} (nats; {base.profile.direction} = more trait)",
-                      yaxis_title=f"{NAMES[mover]} (nats)")
+    trait = f"{NAMES[base.profile.axis]} (nats; {base.profile.direction} = more trait)"
+    fig.update_layout(template="simple_white", width=820, height=560, xaxis_title=trait,
+                      yaxis_title=f"{NAMES[mover]} (nats), the largest other mover")
     return fig
 
 
-# ---- the report ---------------------------------------------------------------------------------
-
-
 def border_rows(run: Path) -> list[dict]:
-    """Of the newest round's sampled completions, those near the filter's limits.
-
-    The two kept of the highest perplexity, and of each reject reason the one of the lowest.
-    """
+    """Of the newest round, the two kept completions of the highest perplexity, and of each reject
+    reason the one of the lowest."""
     files = run.glob("*round_*/sampled.jsonl")
     newest = sorted(files, key=lambda file: int(file.parent.name.split("_")[-1]))[-1:]
     rows = [row for file in newest for row in runs.read_jsonl(file)]
@@ -253,39 +230,31 @@ def border_rows(run: Path) -> list[dict]:
     return [*kept[-2:], *(row for reason, row in lowest.items() if reason != "kept")]
 
 
-def as_png(figure: Figure) -> bytes:
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=200, metadata={"Software": None})
-    return png.getvalue()
-
-
 def draw(run: Path) -> list[dict]:
     """Write the run's pictures and its report, one page that needs no other file; -> its events.
 
-    Raises FileNotFoundError for what is not a run, ValueError for a run without an evaluation.
+    Raises ValueError where there is no evaluation, as in a folder that is not a run's.
     """
-    # 1. what the run left
-    events_file, config_file = run / "events.jsonl", run / "config.json"
-    if not events_file.exists() or not config_file.exists():
-        raise FileNotFoundError(f"{run} is not a run folder (no events.jsonl or config.json); "
-                                "fix: give the --out of heal_loop.py")
-    events, config = runs.read_events(run), json.loads(config_file.read_text(encoding="utf-8"))
+    events = runs.read_events(run)
     points = measured(events)
     if not points:
-        raise ValueError(f"{events_file} holds no evaluation yet; "
-                         "fix: let the run get past its base evaluation")
+        raise ValueError(f"{run / 'events.jsonl'} holds no evaluation; fix: give the --out of "
+                         "heal_loop.py, once the base is evaluated")
+    config = json.loads(runs.read_text(run / "config.json"))
     vectors = [SteeringVector.load(run / f"round_{r}/vector.safetensors")
                for r in range(runs.rounds_done(run))]
-    # 2. everything is made before the first file is written; the page escapes model text
+    # everything is made before the first file is written; the page escapes model text
+    pngs = [io.BytesIO(), io.BytesIO()]
     with matplotlib.rc_context(SMALL):
-        pngs = [as_png(trajectory(events)), as_png(heal_steps(events, config["tau"]))]
+        for png, figure in zip(pngs, (trajectory(events), heal_steps(events, config["tau"]))):
+            figure.savefig(png, dpi=200, metadata={"Software": None})
     page = PAGES.get_template("report.html.j2").render(
         config=config, events=events, points=points, colour=COLOUR, findings=findings(events),
         rows=table_rows(events), border=border_rows(run),
         cosines=[vector.cosine(vectors[0]) for vector in vectors],
-        pictures=[base64.b64encode(png).decode() for png in pngs])
+        pictures=[base64.b64encode(png.getvalue()).decode() for png in pngs])
     map_page = trait_map(events).to_html(include_plotlyjs=True, div_id="map")
-    runs.write_bytes(run / "trajectory.png", pngs[0])
+    runs.write_bytes(run / "trajectory.png", pngs[0].getvalue())
     runs.write_text(run / "map.html", map_page)
     runs.write_text(run / "report.html", page)
     return events
