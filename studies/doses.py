@@ -6,9 +6,8 @@
     python -m studies.doses        # results/doses.md; about 10 min
 
 For every trait of data/traits on the embedded model and on Gemma 3 270M: the dose that
-`steer.calibrate` finds, p95 at that dose on its own prompts by another way of computing it (through
-the cache, as `sampling.completion_states` does), p95 on prompts that it did not see, and what the
-raw dose 1 would have been.
+`steer.calibrate` finds; p95 at that dose on its own prompts, computed another way (through the
+cache), and on prompts that it did not see; p95 at the raw dose 1.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +53,7 @@ def trait_rows(model, chat, reading: texts.Texts, wanted: tuple[float, ...]) -> 
     """A row for each of the wanted nats: dose, p95 on its prompts and on others, at dose 1."""
     pair = persona_prompts(chat, reading.pos, reading.neg, reading.contexts)
     vector = extract_vector(model, *pair, band(model, (0.45, 0.55)))
-    prompts = [chat.ids(text) for text in reading.train[:32]]
+    prompts = list(map(chat.ids, reading.train[:32]))
     seen, unseen = prompts[:16], prompts[16:]
     doses = [calibrate(model, vector, seen, nats) for nats in wanted]
     *there, at_one = p95_at(model, chat, vector, seen, [*doses, 1.0])
