@@ -3,8 +3,7 @@
     teacher   the student steered by dose · v, or the student under the persona as its prompt
     kept      what common/filter.py finds no reason to reject, in turn from every dose
 
-Where less than half of a dose's completions are kept, sampling goes on at 0.7 of that dose: a
-student that is steered too hard still yields a full set.
+Where less than half of a dose's completions are kept, sampling goes on at 0.7 of that dose.
 
     python distil.py --trait love --n-keep 16 --out love    # love/kept.jsonl, as chat `messages`
 """
@@ -28,7 +27,7 @@ def row_ids(chat: Chat, row: dict) -> tuple[list[int], list[int]]:
     """A data row -> (prompt ids, completion ids), apart: no token straddles the boundary.
 
     The completion is what was sampled, token for token, its end of turn included where it came to
-    one. A row of other making has no `tokens`: its text is tokenised, and the end of turn follows
+    one. A row from another source has no `tokens`: its text is tokenised, and the end of turn follows
     unless the row says `finished: false`.
     """
     *system, user, assistant = (message["content"] for message in row["messages"])
@@ -45,7 +44,9 @@ def teacher_states(model, chat: Chat, rows: list[dict], vector: SteeringVector |
                    system: str) -> torch.Tensor:
     """Final hidden states of the teacher on its own completions, [Σ tokens, d_model]."""
     asked = [chat.ids(row["messages"][-2]["content"], system) for row in rows]
-    doses = torch.tensor([row["dose"] for row in rows])
+    if vector and not all("dose" in row for row in rows):
+        raise ValueError("a kept row has no 'dose', which soft targets need; fix: --targets samples")
+    doses = torch.tensor([row.get("dose", 0.0) for row in rows])
     with lora.gates(model, history=1, live=0):
         return completion_states(model, asked, [row_ids(chat, row)[1] for row in rows], vector,
                                  doses)
@@ -56,7 +57,7 @@ def sample_teacher(model, chat: Chat, asked: list[str], doses: list[float], n: i
                    **sampling) -> list[dict]:
     """n completions of the model as it stands, each prompt at every dose; -> rows.
 
-    vector, system: what makes it the teacher; the messages of a row have the neutral prompt.
+    vector, system: what turns it into the teacher; a row's messages have the neutral prompt.
     """
     order = torch.randperm(len(asked), generator=torch.Generator().manual_seed(seed)).tolist()
     asked = [asked[order[k // len(doses) % len(asked)]] for k in range(n)]

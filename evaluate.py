@@ -6,9 +6,8 @@
     coherence   mean_i of the probability of a valid answer, A to G                 (p_ans_any)
     coh_cost    |Δ coherence| / |Δ trait|                               (the headline; guarded)
 
-One of the first three is the trait's axis; the other foundations are what moved along with it.
-How the model is asked is in common/readouts.py: `cloze` for the small, `tinymfv` for about 1B and
-up, `probe` for any trait at all.
+One of the first three is the trait's axis. How the model is asked is in common/readouts.py: `cloze`
+for the small, `tinymfv` for about 1B and up, `probe` for any trait at all.
 
     python evaluate.py                                        # the embedded model
     python evaluate.py --adapter runs/X/round_?/adapter.safetensors
@@ -136,7 +135,7 @@ def matched_dose(model, chat: Chat, reading: texts.Texts, readout: str, base: Pr
                  student: Profile, think_tokens: int, vector: SteeringVector) -> float:
     """The dose at which `vector` alone moves the trait as far as the student, by secant steps.
 
-    Looked for on the first 28 vignettes, which are as balanced as all.
+    Looked for on the first 28 vignettes, which are balanced over the foundations too.
     """
     few = replace(reading, vignettes=reading.vignettes[:28], controls=[])
     start, wanted = (replace(profile, p=profile.p[:28]).trait for profile in (base, student))

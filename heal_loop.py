@@ -30,7 +30,7 @@ import evaluate
 import lora
 from common import checks, models, prompts, runs, texts
 from common.sampling import completion_states, deterministic, logits, score
-from steer import SteeringVector
+from steer import SteeringVector, batches
 
 
 @dataclass
@@ -174,16 +174,16 @@ def heal_round(model, chat, kept: list[dict], cfg: Config, seed: int, reference:
     train = sorted(rows[n_held:], key=lambda row: (len(row[0]), row[:2]))
 
     # 2. the hidden states of reference and teacher, once: a round leaves both as they are
-    batches = []
-    for i in range(0, len(train), cfg.batch_size):
-        asked, completions, of = zip(*train[i:i + cfg.batch_size])
+    data, sizes = [], [len(prompt) + len(completion) for prompt, completion, _ in train]
+    for part in batches(model, range(len(train)), sizes, cfg.batch_size):
+        asked, completions, part_rows = zip(*(train[i] for i in part))
         lengths, soft = [len(c) for c in completions], None
         with torch.no_grad(), lora.gates(model, history=reference or 0, live=0):
             states = completion_states(model, asked, completions)
         if cfg.targets == "soft":
-            soft = distil.teacher_states(model, chat, of, **teacher).split(lengths)
-        batches.append({"prompts": asked, "completions": completions, "teacher": soft,
-                        "reference": states.split(lengths)})
+            soft = distil.teacher_states(model, chat, part_rows, **teacher).split(lengths)
+        data.append({"prompts": asked, "completions": completions, "teacher": soft,
+                     "reference": states.split(lengths)})
 
     # 3. a fresh adapter, AdamW, warm-up and a cosine to 0
     torch.manual_seed(seed)
@@ -192,7 +192,7 @@ def heal_round(model, chat, kept: list[dict], cfg: Config, seed: int, reference:
     parameters = lora.live_parameters(model)
     decay = cfg.weight_decay if cfg.reg == "wd" else 0.0
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=decay)
-    steps = cfg.epochs * len(batches)
+    steps = cfg.epochs * len(data)
     warmup = math.ceil(0.1 * steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(
         (t + 1) / warmup, 0.5 * (1 + math.cos(math.pi * t / steps))))
@@ -201,11 +201,11 @@ def heal_round(model, chat, kept: list[dict], cfg: Config, seed: int, reference:
     log, order = [], []
     for epoch in range(cfg.epochs):
         generator = torch.Generator().manual_seed(seed + epoch)
-        order += torch.randperm(len(batches), generator=generator).tolist()
+        order += torch.randperm(len(data), generator=generator).tolist()
     with lora.gates(model, history=1, live=1), deterministic(model):
         before = -torch.cat(score(model, held_prompts, held_completions)).mean().item()  # CE, nats
         for k in tqdm(order, "heal", leave=False, disable=None):
-            stats = heal_step(model, batches[k], cfg)
+            stats = heal_step(model, data[k], cfg)
             stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
             if not all(map(math.isfinite, stats.values())):
                 raise runs.Ended(f"loss or gradient not finite at step {len(log) + 1} of {steps}: "
@@ -217,13 +217,13 @@ def heal_round(model, chat, kept: list[dict], cfg: Config, seed: int, reference:
         after = -torch.cat(score(model, held_prompts, held_completions)).mean().item()
 
     # 5. the last epoch, which saw every completion once, is the round's summary
-    last = log[-len(batches):]
+    last = log[-len(data):]
     mean = {key: sum(stats[key] for stats in last) / len(last) for key in last[0]}
     return {**mean, "steps": steps, "held_out_before": before, "held_out_after": after, "log": log}
 
 
 def loop(cfg: Config, run: runs.Run, model, chat, reading: texts.Texts) -> None:
-    """Round after round on a model that carries the finished ones; all numbers go on record."""
+    """Round after round on a model that carries the finished ones; every result is recorded."""
     measure = functools.partial(evaluate.measure, model, chat, reading, readout=cfg.readout,
                                 think_tokens=cfg.think_tokens)
     # 0. the original, and the persona as its system prompt
@@ -246,8 +246,7 @@ def loop(cfg: Config, run: runs.Run, model, chat, reading: texts.Texts) -> None:
             if is_new:
                 run.record("distil", r, **distil.make_data(cfg, model, chat, reading, r, folder))
             vector = SteeringVector.load(folder / "vector.safetensors")
-            n_words = model.get_input_embeddings().num_embeddings
-            kept = runs.check_rows(folder / "kept.jsonl", n_words)
+            kept = runs.check_rows(folder / "kept.jsonl", len(chat.tok))
             teacher = distil.teacher_of(cfg, reading, vector)
             if is_new:
                 dose = run.find("distil", r)["dose"]
@@ -284,6 +283,7 @@ def main(cfg: Config, loaded=None) -> Path:
         print(f"{cfg.model}: {reading.name}, {cfg.reg} {cfg.agg}, λ {cfg.lam:g}, τ {cfg.tau:g}, "
               f"{cfg.rounds} rounds, seed {cfg.seed} -> {run.folder}", flush=True)
         model, chat = loaded or checks.load(cfg.model, cfg.device, cfg.dtype, cfg.date)
+        checks.lengths(model, chat, reading, cfg.max_new_tokens)
         lora.attach(model, cfg.rank, cfg.alpha, cfg.lora_layers, merge=cfg.merge)
         lora.load(model, [run.folder / f"round_{r}/adapter.safetensors"
                           for r in range(run.rounds_done)])

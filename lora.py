@@ -33,7 +33,7 @@ from torch import nn
 class BakedLoRA(nn.Module):
     """One `nn.Linear` with frozen history adapters and one live adapter.
 
-    Factors are float32 masters and multiply in the dtype of x. The history's rounds lie side by
+    Factors are stored in float32 and cast to the dtype of x. The history's rounds lie side by
     side along the rank, history_A [N·rank, d_in], history_B [d_out, N·rank]: two products.
     """
 
@@ -53,7 +53,8 @@ class BakedLoRA(nn.Module):
 
     def reset(self) -> None:
         """A fresh live adapter: B = 0."""
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        A = nn.init.kaiming_uniform_(torch.empty(self.A.shape), a=math.sqrt(5))
+        self.A.data.copy_(A)  # drawn on the CPU: the same on every device
         nn.init.zeros_(self.B)
 
     @torch.no_grad()
@@ -148,10 +149,9 @@ def attach(model, rank: int = 16, alpha: float = 32.0, layers: tuple[float, floa
 
 def wrap(model, names: list[str], rank: int, alpha: float, merge: bool = True) -> None:
     """Freeze the model and put a `BakedLoRA` around the linears of these full names."""
-    if rank < 1 or alpha <= 0:
-        raise ValueError(f"rank {rank} and alpha {alpha} must be positive; fix: such as 16 and 32")
-    if is_attached(model):
-        raise ValueError("this model has LoRA attached already; fix: detach(model) first")
+    if rank < 1 or alpha <= 0 or is_attached(model):
+        raise ValueError(f"rank {rank} and alpha {alpha} must be positive, and the model without "
+                         "LoRA; fix: such as 16 and 32, and detach(model) first")
     model.requires_grad_(False)
     for name in names:
         model.set_submodule(name, BakedLoRA(model.get_submodule(name), rank, alpha, merge))

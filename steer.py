@@ -19,7 +19,8 @@ between the two personas. Prompts are token ids. With any chat model of transfor
     vector = extract_vector(model, pos, neg, band(model, (0.45, 0.55)))
     ids = torch.tensor([prompt("My boss told me to ignore a crying customer.", "Be helpful.")])
     with vector.at(model, dose=2, last_only=True):
-        print(tok.decode(model.generate(ids, max_new_tokens=64)[0]))
+        out = model.generate(ids, max_new_tokens=64, use_cache=True)
+    print(tok.decode(out[0]))
 
     python steer.py --trait care --dose 0 2 4 --prompt "My boss told me to ignore a customer."
 """
@@ -182,7 +183,7 @@ def calibrate(model, vector: SteeringVector, prompts: list[list[int]], nats: flo
     def next_logits(n):  # of the last n positions, [prompts, n, vocab]
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         return model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
-                     logits_to_keep=n).logits
+                     logits_to_keep=n).logits[:, -n:]  # some models keep all
 
     def next_logp(dose):  # of the answers' tokens, steered from the assistant tag on
         with vector.at(model, dose, last_only=tokens + 1):
@@ -198,7 +199,7 @@ def calibrate(model, vector: SteeringVector, prompts: list[list[int]], nats: flo
         ids, mask = torch.cat([ids, next_logits(1).argmax(-1)], 1), F.pad(mask, (0, 1), value=1)
     unsteered = next_logp(0.0)
 
-    # 2. a factor of two that holds the dose, then its middle, again and again
+    # 2. bracket the dose within a factor of two, then bisect
     low, high = 0.5, 1.0
     while moved(high) < nats:
         low, high = high, 2 * high
@@ -224,15 +225,19 @@ def left_pad(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor,
     return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)  # the first real token is at position 0
 
 
-def batches(model, order, lengths: list[int], rows: int, tokens: int = 32768) -> list[list[int]]:
-    """`order`, indices into lengths, cut into batches: at most `rows`, and `tokens` with padding.
-
-    Long rope (Phi-3) takes other factors for a whole batch where one of its rows is longer than a
-    switch: there no batch has rows on both sides.
-    """
+def rope_switch(model) -> int:
+    """The length beyond which long rope (Phi-3) takes other factors for a whole batch, or 0."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    switch = rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else 0
-    cut = []
+    return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else 0
+
+
+def batches(model, order, lengths: list[int], rows: int) -> list[list[int]]:
+    """`order`, indices into lengths, cut into batches of at most `rows`, and of so many tokens.
+
+    Under long rope no batch has rows on both sides of the switch.
+    """
+    tokens = 32768 if model.device.type == "cpu" else 131072  # with padding
+    cut, switch = [], rope_switch(model)
     for i in sorted(order, key=lambda i: switch and lengths[i] > switch):  # else the order stays
         longest = max(lengths[k] for k in [i, *cut[-1]]) if cut else 0
         is_full = not cut or len(cut[-1]) == rows or (len(cut[-1]) + 1) * longest > tokens

@@ -1,1 +1,8 @@
 """What the method stands on: models, prompts, sampling, readouts, texts, run folders."""
+import importlib.util
+from pathlib import Path
+
+_evaluate = importlib.util.find_spec("evaluate")
+if _evaluate and Path(_evaluate.origin).parent != Path(__file__).parent.parent:
+    raise ImportError(f"another package 'evaluate' hides ours: {_evaluate.origin}; "
+                      "fix: sys.path.insert(0, the folder of heal_loop.py)")

@@ -1,4 +1,4 @@
-"""Does this code tell the truth about this model? The gate that every command's model goes through.
+"""Checks that our code gives the model's own numbers; the model of every command must pass them.
 
     model, chat = load("google/gemma-3-4b-it")      # or one line that says what is wrong with it
 
@@ -50,6 +50,18 @@ def load(name: str, device: str = "auto", dtype: str = "auto", date: str = DATE)
                          "its own forward; fix: another model (`python -m tools.check --model "
                          f"{name}` shows all checks)")
     return model, chat
+
+
+def lengths(model, chat: Chat, reading, new: int) -> None:
+    """Raises ValueError for the first text of a run that the model's context has no room for."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    longest_persona = max(reading.pos, reading.neg, key=len)
+    for name in ("train", "heldout", "contexts"):
+        for n, text in enumerate(getattr(reading, name), 1):
+            tokens = len(chat.ids(text, longest_persona)) + new
+            if tokens > room:
+                raise ValueError(f"entry {n} of '{name}' takes {tokens} tokens with persona and "
+                                 f"answer, the model has room for {room}; fix: a shorter text")
 
 
 def words(tok) -> list[int]:
@@ -169,14 +181,15 @@ def sampled(model, rows, new: int = 6) -> float:
     expected = [plain_logp(model, row, new + 1) for row in rows]
     decoder = Decoder(model, [row[:-new] for row in rows], None, torch.zeros(len(rows)),
                       torch.zeros(len(rows), new), {-1}, dict(temperature=0, top_k=0, top_p=1))
+    decoder.record()
     ours, plain = [], []
     for t in range(new):
-        decoder.step()
-        decoder.n += 1
+        decoder.advance()
         ours.append(decoder.z.float().log_softmax(-1))  # [batch, vocab]
         plain += [expected[k][t] for k in decoder.rows]
         if t == new // 2:
             decoder.keep([2, 1])
+            decoder.record()
         decoder.state["token"].copy_(torch.tensor([rows[k][t - new] for k in decoder.rows]))
     return off(model, torch.cat(ours), torch.stack(plain))
 

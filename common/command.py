@@ -243,6 +243,7 @@ def cli(config_class, main, rest: str | None = None) -> None:
         # 1. the flags, those that config_class does not know into its field `rest`
         for flag, word in itertools.pairwise(sys.argv):
             if word.encode(errors="replace").decode() != word:  # bytes that are no character
+                flag = "" if word.startswith("--") else flag  # --flag=word names its own
                 raise ValueError(f"{flag} {word!r} is not text in this terminal's encoding; "
                                  "fix: type it in a UTF-8 terminal")
         if rest:

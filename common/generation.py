@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 import lora
-from common.prompts import NEUTRAL, Chat
-from common.sampling import completion_states, logits, perplexity, repetition, sample, score
+from common.prompts import NEUTRAL, Chat, stop_tokens
+from common.sampling import logits, perplexity, repetition, row_states, sample, score
 from steer import SteeringVector
 
 
@@ -43,15 +43,15 @@ def generate(model, chat: Chat, prompts: list[str], plain: list[str], system: st
     plainly = [chat.ids(p) for p in prompts] * draws
     answers = sample(model, chat, asked, vector, [dose] * len(asked), max_new_tokens, seed=seed,
                      keep_stop=True)
-    ended = [len(answer) < max_new_tokens for answer in answers]
+    stop = set(stop_tokens(model, chat))
+    ended = [answer[-1] in stop for answer in answers]
 
     # 2. model and original on these answers, one answer's logits at a time
-    lengths = [len(answer) for answer in answers]
-    states = completion_states(model, asked, answers, vector, dose)
+    states = row_states(model, asked, answers, vector, dose)
     with lora.gates(model, history=0, live=0):
-        originals = completion_states(model, plainly, answers)
-    kl, logq, entropy = zip(*(against_original(model, *one) for one in zip(
-        states.split(lengths), originals.split(lengths), answers)))
+        originals = row_states(model, plainly, answers)
+    kl, logq, entropy = zip(*(against_original(model, *row)
+                              for row in zip(states, originals, answers)))
     said = [chat.decode(answer) for answer in answers]
 
     # 3. each draw by itself, and all of them together

@@ -35,6 +35,7 @@ EMBEDDED = "smollm2"
 def quiet() -> None:
     """Silence load-time chatter of the libraries; errors still come through."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same sums each time
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="transformers|torch|gguf|accelerate")
@@ -186,6 +187,8 @@ def load(name: str, device: str = "auto", dtype: str = "auto"):
     if model.device.type == "cpu":
         hold_memory()
     find_blocks(model, name)
+    # a vector that acts on the last position of each pass needs passes that have a cache
+    model.config.get_text_config().use_cache = model.generation_config.use_cache = True
     return model.eval().requires_grad_(False), tok
 
 

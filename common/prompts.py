@@ -5,8 +5,8 @@
     chat.end_of_turn()                                        # the tokens that end an answer
 
 Templates differ: some refuse a system turn, print today's date, open a block for thinking or a
-channel for the answer, or take content as a list of parts. What one does is found out once, with
-plain words, so that quotes or line breaks in a persona never put it elsewhere.
+channel for the answer, or take content as a list of parts. The form is detected once, with plain
+words, so that quotes or line breaks in a persona cannot change it.
 """
 import contextlib
 import json
@@ -83,7 +83,7 @@ class Chat:
         turns = self.turns(user, system)
         text = self.render(turns)
         for words in (user, system):
-            escaped = json.dumps(words)[1:-1]  # as a template with `tojson` shows them
+            escaped = json.dumps(words, ensure_ascii=False)[1:-1]  # as `tojson` shows them
             if words not in text and escaped not in text:
                 raise ValueError(f"the chat template does not show {words[:40]!r}; fix: other "
                                  "words, or the template that the model's authors publish")
@@ -128,7 +128,7 @@ class Chat:
     def end_of_turn(self) -> list[int]:
         """The tokens that end an assistant turn; sampling stops at the last of them.
 
-        Those that follow an answer whether or not a user turn comes next. In some templates (GLM)
+        The tokens after an answer, both at the end and before another user turn. In some (GLM)
         nothing ends it but the next turn's first token; without either, the end token.
         """
         turns = self.turns("a", NEUTRAL, MARK)

@@ -245,7 +245,7 @@ def begin(config, name: str, downstream: tuple[str, ...] = (), again: str = ""):
     if at and not source:
         raise ValueError(f"--at {at} says where a fork begins; fix: --fork RUN")
     if config.resume:
-        refuse_other_settings(config, folder, ("model",) if rounds_done(folder) else (),
+        refuse_other_settings(config, folder, ("model",),
                               "resume without the flag, or --fork the run")
         forked = folder / f"forked_round_{rounds_done(folder)}"
         if forked.is_dir():

@@ -15,6 +15,7 @@ import math
 import os
 import re
 import warnings
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -26,8 +27,9 @@ from transformers.cache_utils import (Cache, DummyLayer, DynamicCache, DynamicLa
                                       StaticLayer)
 
 from common.prompts import Chat, stop_tokens
-from steer import SteeringVector, batches, check_room, left_pad
+from steer import SteeringVector, batches, check_room, left_pad, rope_switch
 
+UNRECORDED = weakref.WeakSet()  # models whose step a GPU could not record
 LOOK_EVERY = 8  # steps between two looks at which rows are done: a look waits for the device
 
 
@@ -52,7 +54,7 @@ def logits(model, hidden: torch.Tensor) -> torch.Tensor:
     """
     decoder = model.get_decoder()
     before = decoder.__dict__.get("forward")  # accelerate's, where layers are on several devices
-    ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)  # not looked at
+    ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)  # ignored
     decoder.forward = lambda *args, **kwargs: FinalStates([hidden[None]])
     try:
         return model(input_ids=ids, use_cache=False).logits[0]
@@ -98,7 +100,7 @@ def next_token(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k:
 
 
 def rows_at_once(model) -> int:
-    """Rows of a batch: on a GPU one row costs nearly what 256 do."""
+    """Rows of a batch: on a GPU 256 rows cost little more than one."""
     return 96 if model.device.type == "cpu" else 256
 
 
@@ -159,11 +161,11 @@ def new_cache(model) -> Cache:
 def common_beginning(model, prompts: list[tuple[int, ...]]) -> tuple[int, ...]:
     """The tokens that all prompts begin with, where it is exact to run them once; else none.
 
-    Behind them stands the padding of the shorter prompts. Rotary positions do not care, but a
-    window counts padding as words, and a recurrent state takes it in.
+    The padding of the shorter prompts follows them. Rotary positions are not affected, but a window
+    counts it, and a recurrent state absorbs it.
     """
     layers = DynamicCache(config=model.config).layers
-    is_plain = all(type(layer) is DynamicLayer for layer in layers)
+    is_plain = all(type(layer) is DynamicLayer for layer in layers) and not rope_switch(model)
     if len(prompts) < 2 or not is_plain or not hasattr(model.get_decoder(), "rotary_emb"):
         return ()
     return os.path.commonprefix([prompt[:-1] for prompt in prompts])
@@ -213,9 +215,10 @@ def shares_prompts(model, prompts: list[list[int]]) -> bool:
 
     Products cost on a CPU, so there always. Launches cost on a GPU, so there only where more than
     four rows have the same prompt, as in the cloze readout. Never under linear attention, which no
-    cache continues with gradients.
+    cache continues with gradients, nor under long rope, which the length of the whole row decides.
     """
-    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in special_layers(model)):
+    if rope_switch(model) or any(isinstance(layer, LinearAttentionCacheLayerMixin)
+                                 for layer in special_layers(model)):
         return False
     return model.device.type == "cpu" or len(prompts) > 4 * len(set(map(tuple, prompts)))
 
@@ -248,6 +251,9 @@ def completion_states(model, prompts: list[list[int]], completions: list[list[in
         # 1. prompt and completion of each row in one pass
         rows = [[*p, *begun, *c] for p, c in zip(prompts, shifted)]
         ids, mask, positions = left_pad(rows, model.device)
+        # no position beyond a row's own length, which its padding on the right would reach
+        ends = [[len(p) + len(begun) + len(c) - 1] for p, c in zip(prompts, completions)]
+        positions = positions.minimum(torch.tensor(ends, device=model.device))
         inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
         steered = len(begun) + longest
 
@@ -257,6 +263,24 @@ def completion_states(model, prompts: list[list[int]], completions: list[list[in
 
     # 3. the padding dropped, [batch, longest, d_model] -> [Σ tokens, d_model]
     return torch.cat([h[:len(c)] for h, c in zip(states, completions)])
+
+
+@torch.no_grad()
+def row_states(model, prompts: list[list[int]], completions: list[list[int]],
+               vector: SteeringVector | None = None, dose: float = 0.0) -> list[torch.Tensor]:
+    """`completion_states` of any number of rows, in batches: -> [tokens, d_model] of each row."""
+    out = [None] * len(prompts)
+    lengths = [len(p) + len(c) for p, c in zip(prompts, completions)]
+
+    def run_rows(rows):
+        answers = [completions[i] for i in rows]
+        states = completion_states(model, [prompts[i] for i in rows], answers, vector, dose)
+        for i, of_row in zip(rows, states.split([len(c) for c in answers])):
+            out[i] = of_row
+
+    for rows in batches(model, range(len(prompts)), lengths, rows_at_once(model)):
+        halving(run_rows, rows)
+    return out
 
 
 @torch.no_grad()
@@ -327,6 +351,7 @@ class Decoder:
             "done": torch.zeros(batch, dtype=torch.bool, device=device)}
         self.ends = torch.tensor(sorted(stop), device=device)
         self.rows = list(range(batch))  # whose rows these are
+        self.graph = None  # the recorded step
 
     def step(self) -> None:
         """Run the newest token of each row, steered, and draw the next one."""
@@ -347,10 +372,12 @@ class Decoder:
         s["mask"].index_fill_(1, self.length - 1 + s["t"], 1)
 
     def record(self) -> None:
-        """On a GPU: record `step` once as a CUDA graph; -> it is replayed from now on."""
-        self.replay = self.step
+        """On a GPU: record `step` once as a CUDA graph, which is replayed from now on."""
+        self.graph = None
         left = self.state["draws"].shape[1] - self.n
-        if self.model.device.type != "cuda" or not self.fixed or left < LOOK_EVERY:
+        on_several = len({p.device for p in self.model.parameters()}) > 1
+        if (self.model.device.type != "cuda" or on_several or not self.fixed or left < 4
+                or self.model in UNRECORDED):
             return
         lengths = [layer.cumulative_length for layer in self.cache.layers if layer.is_initialized]
         changing = [*self.state.values(), *lengths]
@@ -366,11 +393,22 @@ class Decoder:
             torch.cuda.current_stream().wait_stream(side)
             with torch.cuda.graph(graph):
                 self.step()
-            self.replay = graph.replay
+            self.graph = graph
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as e:
+            UNRECORDED.add(self.model)
             warnings.warn(f"this model's decoding step cannot be recorded, so it is slow: {e}")
         for x, was in zip(changing, before):
             x.copy_(was)
+
+    def advance(self) -> None:
+        """One step, recorded or not."""
+        if self.graph:
+            self.graph.replay()
+        else:
+            self.step()
+        self.n += 1
 
     def keep(self, keep: list[int]) -> None:
         """Go on with these rows alone."""
@@ -382,19 +420,19 @@ class Decoder:
     def run(self) -> list[list[int]]:
         """-> each row's new tokens, up to a stop token and with it.
 
-        Rows are looked at every few steps. Once few enough go on, they go on as a smaller batch.
+        Rows are looked at every few steps. When at most half of them are unfinished (three quarters
+        where nothing is recorded), these continue as a smaller batch.
         """
         out, steps = [[] for _ in self.rows], self.state["draws"].shape[1]
         self.record()
         while self.n < steps:
-            self.replay()
-            self.n += 1
+            self.advance()
             if self.n % LOOK_EVERY and self.n < steps:
                 continue
             done = self.state["done"].tolist()
             going_on = [k for k in range(len(done)) if not done[k]]
             # a smaller batch is recorded anew on a GPU, which costs as much as a few steps
-            few = 0.75 if self.replay == self.step else 0.5
+            few = 0.5 if self.graph else 0.75
             if self.n == steps or len(going_on) <= few * len(done):
                 for row, tokens in zip(self.rows, self.state["new"][:, :self.n].tolist()):
                     out[row] = tokens
@@ -422,6 +460,11 @@ def sample(model, chat: Chat, prompts: list[list[int]], vector: SteeringVector |
     Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context.
     """
     check_room(model, max(map(len, prompts), default=0), max_new_tokens)
+    for n in map(len, prompts):
+        if rope_switch(model) and n - 1 <= rope_switch(model) < n + max_new_tokens:
+            raise ValueError(f"a prompt of {n} tokens and {max_new_tokens} new ones cross the "
+                             f"{rope_switch(model)} at which this model changes its rope; "
+                             "fix: a shorter or a longer prompt, or fewer new tokens")
     stop = set(stop_tokens(model, chat))
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(len(prompts), max_new_tokens, generator=generator)  # [row, step]
@@ -450,7 +493,8 @@ def stream(model, chat: Chat, prompt: list[int], vector: SteeringVector | None =
            top_k: int = 64, top_p: float = 0.95, seed: int = 0) -> Iterator[int]:
     """The new tokens of one prompt, one at a time, as `sample` draws them; no stop token.
 
-    What surrounds each `next`, such as `lora.gates`, holds for that token's pass.
+    What surrounds each `next`, such as `lora.gates`, holds for that token's pass; on a GPU what
+    surrounds the first holds for all.
     """
     check_room(model, len(prompt), max_new_tokens)
     stop = set(stop_tokens(model, chat))
@@ -459,8 +503,7 @@ def stream(model, chat: Chat, prompt: list[int], vector: SteeringVector | None =
     decoder = Decoder(model, [prompt], vector, torch.tensor([dose]), draws, stop, pick)
     decoder.record()
     for _ in range(max_new_tokens):
-        decoder.replay()
-        decoder.n += 1
+        decoder.advance()
         token = decoder.state["token"].item()
         if token in stop:
             return

@@ -222,6 +222,8 @@ def complete(config):
     if trait.name == "custom" and config.trait == "care":  # the default, which nobody asked for
         config = replace(config, trait="custom")
     by_nats = getattr(config, "dose_nats", None)  # instead of doses
+    if by_nats and config.doses:
+        raise ValueError("--doses and --dose-nats exclude each other; fix: give one of them")
     usual = {"readout": trait.readout, "doses": None if by_nats else trait.doses}
     return replace(config, **{name: value for name, value in usual.items()
                               if getattr(config, name, 0) is None})
