@@ -31,19 +31,15 @@ from common.checks import off, plain_logp, plain_scored, scored_logp, token_rows
 from common.sampling import stream
 from tools import export
 
-ARCHITECTURES = Path(__file__).parent.parent / "data/architectures.json"
-
 
 def gradient_of(model, rows, function) -> torch.Tensor:
     """Of the completions' log-probabilities, at the parameters of the first block."""
     block = model.get_decoder().layers[0].requires_grad_(True)
-    try:
-        losses = [logp[range(n), row[-n:]].sum()
-                  for logp, row, n in zip(function(model, rows), rows, checks.ANSWERS)]
-        gradients = torch.autograd.grad(sum(losses), list(block.parameters()), allow_unused=True)
-        return torch.cat([g.float().flatten() for g in gradients if g is not None])
-    finally:
-        block.requires_grad_(False)
+    losses = [logp[range(n), row[-n:]].sum()
+              for logp, row, n in zip(function(model, rows), rows, checks.ANSWERS)]
+    gradients = torch.autograd.grad(sum(losses), list(block.parameters()), allow_unused=True)
+    block.requires_grad_(False)
+    return torch.cat([g.float().flatten() for g in gradients if g is not None])
 
 
 def gradient(model, rows) -> float:
@@ -109,19 +105,19 @@ def switch_length(model) -> int:
 def every_check(model, ids: list[int]) -> dict[str, float]:
     """{check: its largest error}, on rows shorter and longer than a switch, and on both at once."""
     short, n = token_rows(ids, 32), switch_length(model)
-    parts = [(short, CHECKS)]
-    if n > 8:
+    errors = [checks.run(model, short, CHECKS)]
+    if n > 8:  # shorter ones are passed already
         long = token_rows(ids, n + 24, apart=9)
-        across = token_rows(ids, n + 2)[0]  # its answer begins before the switch
-        parts += [(long, CHECKS), ([across, long[0], short[1]],
-                                   {"scored": checks.scored, "gradient": gradient})]
-    errors = [checks.run(model, *part) for part in parts]
+        mixed = [token_rows(ids, n + 2)[0], long[0], short[1]]  # one begins its answer before it
+        errors += [checks.run(model, long, CHECKS),
+                   checks.run(model, mixed, {"scored": checks.scored, "gradient": gradient})]
     return {name: max(e[name] for e in errors if name in e) for name in CHECKS}
 
 
 def architectures() -> dict[str, dict]:
     """{name: {class, config, parts, expect}}, the settings that all share filled in."""
-    table = json.loads(ARCHITECTURES.read_text(encoding="utf-8"))
+    file = Path(__file__).parent.parent / "data/architectures.json"
+    table = json.loads(file.read_text(encoding="utf-8"))
     for entry in table["architectures"].values():
         settings = table["base"] | entry.get("config", {})
         entry["config"] = {key: value for key, value in settings.items() if value is not None}
