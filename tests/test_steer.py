@@ -96,12 +96,14 @@ def test_extraction_is_the_mean_difference_at_the_last_position(any_model):
         states = [any_model(torch.tensor([p]), output_hidden_states=True).hidden_states
                   for p in rows]
         means.append({l: torch.stack([s[l + 1][0, -1] for s in states]).mean(0) for l in layers})
+    blocks = any_model.get_decoder().layers
+    hooks = [len(block._forward_hooks) for block in blocks]  # transformers' own, of the pass above
     for batch_size in (1, 4):
         v = extract_vector(any_model, pos, neg, layers, batch_size, {"pos": "You care."})
         assert list(v.layers) == layers and v.metadata["pos"] == "You care."
         for l in layers:
             torch.testing.assert_close(v.layers[l], means[0][l] - means[1][l], rtol=1e-3, atol=1e-4)
-    assert not any(block._forward_hooks for block in any_model.get_decoder().layers)
+    assert hooks == [len(block._forward_hooks) for block in blocks]
 
 
 def test_extraction_of_nothing_or_of_equal_prompts_is_refused():
