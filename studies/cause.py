@@ -99,6 +99,8 @@ def main(cfg: Config) -> None:
         settings = runs.read_config(heal_loop.Config, folder)
         model, chat = checks.load(settings.model, cfg.device, cfg.dtype, settings.date)
         rounds = range(runs.rounds_done(folder))
+        if not rounds:
+            raise ValueError(f"{folder} has no finished round; fix: give a run that has one")
         lora.load(model, [folder / f"round_{r}/adapter.safetensors" for r in rounds])
         by_run.append(trait_changes(model, chat, settings))
 

@@ -184,14 +184,13 @@ def steer_alone(run: heal_loop.Config, doses: tuple[float, ...], loaded: tuple) 
             measure = partial(evaluate.measure, model, chat, reading, readout=run.readout,
                               think_tokens=run.think_tokens)
             base = folder.find("base", -1) or folder.record("base", -1, **measure("base"))
-            constants = base["profile"]["constants"]
+            measure = partial(measure, constants=base["profile"]["constants"])
             if not folder.find("prompted", -1):
-                prompted = measure("prompted", constants=constants, system=reading.pos)
-                folder.record("prompted", -1, **prompted)
-            pos, neg = prompts.persona_prompts(chat, reading.pos, reading.neg, reading.contexts)
-            vector = extract_vector(model, pos, neg, band(model, run.steer_layers))
+                folder.record("prompted", -1, **measure("prompted", system=reading.pos))
+            pair = prompts.persona_prompts(chat, reading.pos, reading.neg, reading.contexts)
+            vector = extract_vector(model, *pair, band(model, run.steer_layers))
             for dose in doses:
-                metrics = measure(f"dose {dose:g}", constants=constants, vector=vector, dose=dose)
+                metrics = measure(f"dose {dose:g}", vector=vector, dose=dose)
                 folder.record("alone", 0, dose=dose, **metrics)
     finally:
         lora.detach(model)
@@ -205,8 +204,8 @@ def execute(cfg: Config, names: list[str]) -> list[str]:
     """Each run by `--only` in a process of its own, waited for to the last; -> those that failed.
 
     local: one at a time for each of --gpus, which is all that it sees. slurm: all at once, each by
-    `sbatch --wait`, which lasts as long as its job and itself tells when SLURM does not answer or
-    has forgotten the job. Raises ValueError where GPUs or cluster are missing.
+    `sbatch --wait`, which lasts as long as its job. Raises ValueError where GPUs or cluster are
+    missing.
     """
     is_local, job = cfg.executor == "local", f"{cfg.out.name}_{os.getpid()}"
     gpus = list(cfg.gpus or range(torch.cuda.device_count())) if is_local else [None] * len(names)
@@ -337,12 +336,13 @@ def main(cfg: Config) -> None:
                          "the same command goes on")
 
     # 3. the records
-    if not cfg.only:
-        folder, command = cfg.records / cfg.out.name, shlex.join(sys.argv[1:])
-        for arm, of_arm in {"alone": [alone] * bool(cfg.alone), **by_arm}.items():
-            for run in of_arm:
-                save(record(run.out, arm=arm, command=command), folder)
-        print(f"{folder}; tables and figure: python -m studies.frontier {folder}")
+    if cfg.only:
+        return
+    folder, command = cfg.records / cfg.out.name, shlex.join(sys.argv[1:])
+    for arm, of_arm in {"alone": [alone] * bool(cfg.alone), **by_arm}.items():
+        for run in of_arm:
+            save(record(run.out, arm=arm, command=command), folder)
+    print(f"{folder}; tables and figure: python -m studies.frontier {folder}")
 
 
 if __name__ == "__main__":
