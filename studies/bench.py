@@ -19,6 +19,7 @@ from functools import partial
 from itertools import cycle, islice
 from unittest import mock
 
+import peft
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -60,11 +61,7 @@ def generate(model, prompts: list[list[int]], vector: SteeringVector, doses: lis
 
 
 def peft_model(model, cfg: heal_loop.Config):
-    """PEFT's LoRA on the linears of the same blocks. Raises ValueError where PEFT is missing."""
-    try:
-        import peft
-    except ImportError:
-        raise ValueError("PEFT is missing; fix: pip install -r requirements-dev.txt") from None
+    """PEFT's LoRA on the linears of the same blocks."""
     blocks = model.get_decoder().layers
     first, end = (round(share * len(blocks)) for share in cfg.lora_layers)
     names = {name.rpartition(".")[2] for name, module in blocks.named_modules()

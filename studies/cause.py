@@ -97,11 +97,11 @@ def main(cfg: Config) -> None:
     by_run = []
     for folder in tqdm(cfg.run, "runs", leave=False, disable=None):
         settings = runs.read_config(heal_loop.Config, folder)
-        rounds = runs.rounds_done(folder)
+        model, chat = checks.load(settings.model, cfg.device, cfg.dtype, settings.date)
+        rounds = range(runs.rounds_done(folder))
         if not rounds:
             raise ValueError(f"{folder} has no finished round; fix: give a run that has one")
-        model, chat = checks.load(settings.model, cfg.device, cfg.dtype, settings.date)
-        lora.load(model, [folder / f"round_{r}/adapter.safetensors" for r in range(rounds)])
+        lora.load(model, [folder / f"round_{r}/adapter.safetensors" for r in rounds])
         by_run.append(trait_changes(model, chat, settings))
 
     # 2. write: each run, the mean over runs, and the shares

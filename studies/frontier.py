@@ -5,14 +5,13 @@
     Δtrait      the trait metric − the base's, in the trait's own direction                 (nats)
     at L nats   a metric where an arm first moved L nats, on the straight line between two rounds
     retained    Δtrait of the healed student / of the steered one before it
-    coh_cost    |Δ valid answers| / |Δtrait|, none where a model has collapsed or has not moved
     interval    mean ± t(0.975, n − 1) · standard deviation / √n over n seeds, n ≥ 3
 
 A metric that some record lacks, such as one of an earlier version, is left out of the tables.
 """
 import re
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import matplotlib
@@ -23,7 +22,7 @@ from matplotlib.figure import Figure
 
 from common import runs
 from common.texts import NATS
-from evaluate import COHERENCE_FLOOR, MIN_SHIFT
+from evaluate import MIN_SHIFT
 from studies.tables import markdown
 from tools.sweep import Record, load
 
@@ -32,8 +31,8 @@ KEYS = {"plain text": "text_nats", "valid answers": "coherence", "perplexity": "
         "judge": "judge_perplexity", "entropy": "entropy", "ended": "ended", "drift": "drift",
         "repetition": "repetition", "controls": "control_nats"}  # {heading: key of an event}
 METRICS = ("least wording", "greatest wording", *KEYS)
-DIGITS = {"plain text": 3, "valid answers": 4, "entropy": 3, "drift": 3, "repetition": 3, "D": 3,
-          "coh_cost": 4}  # of all else 2
+# digits after the point, of all else 2
+DIGITS = {"plain text": 3, "valid answers": 4, "entropy": 3, "drift": 3, "repetition": 3, "D": 3}
 
 
 @dataclass
@@ -43,39 +42,34 @@ class Config:
 
 
 def read(folder: Path) -> list[Record]:
-    """The records of a folder, with all that is shown of each event in it under its heading."""
+    """The records of a folder; measured events get METRICS, Δtrait and every Δ, under headings.
+
+    A healed one also gets Δsteered, retained and D, of its round.
+    """
     records = [run for run in load(folder) if run.of("base")]
     for run in records:
+        [base] = run.of("base")
+        axis, sign = base["axis"], -1 if base["direction"] == "down" else 1
+        start = {key: base[key] for key in (*NATS, "control_nats") if key in base}
+        of_round = {}
         for event in run.events:
-            if "coherence" in event:
-                add_headings(run, event)
+            if "D" in event:
+                of_round["D"] = event["D"]
+            if "coherence" not in event:
+                continue
+            event |= {name: event[key] for name, key in KEYS.items() if key in event}
+            event |= {f"Δ{key}": event[key] - value for key, value in start.items()}
+            event["Δtrait"] = sign * (event[axis] - base[axis]) + 0.0  # no −0
+            pairs = zip(base.get("spread", []), event.get("spread", []))
+            if shifts := [sign * (after - before) for before, after in pairs]:
+                event |= {"least wording": min(shifts), "greatest wording": max(shifts)}
+            if event["stage"] == "steered":
+                of_round = {"Δsteered": event["Δtrait"]}
+            if event["stage"] == "healed":
+                steered = of_round["Δsteered"]
+                retained = event["Δtrait"] / steered if steered >= MIN_SHIFT else None
+                event |= {**of_round, "retained": retained}
     return records
-
-
-def add_headings(run: Record, event: dict) -> None:
-    """Put METRICS, Δtrait and the change of every foundation into a measured event of a run.
-
-    A healed one also gets Δsteered, retained, coh_cost and D, of its round.
-    """
-    # 1. what was measured, and its change from the base
-    [base] = run.of("base")
-    axis, sign = base["axis"], -1 if base["direction"] == "down" else 1
-    event |= {name: event[key] for name, key in KEYS.items() if key in event}
-    event |= {f"Δ{key}": event[key] - base[key] for key in (*NATS, "control_nats") if key in event}
-    event["Δtrait"] = sign * (event[axis] - base[axis]) + 0.0  # no −0
-    shifts = [sign * (b - a) for a, b in zip(base.get("spread", []), event.get("spread", []))]
-    if shifts:
-        event |= {"least wording": min(shifts), "greatest wording": max(shifts)}
-
-    # 2. what its round did
-    if event["stage"] == "healed":
-        of_round = {e["stage"]: e for e in run.events if e["round"] == event["round"]}
-        steered, shift = of_round["steered"]["Δtrait"], abs(event["Δtrait"])
-        whole = event["coherence"] >= COHERENCE_FLOOR and shift >= MIN_SHIFT
-        loss = abs(event["coherence"] - base["coherence"])
-        event |= {"Δsteered": steered, "D": of_round["heal"]["D"],
-                  "retained": event["Δtrait"] / steered if steered >= MIN_SHIFT else None,
-                  "coh_cost": loss / shift if whole else None}
 
 
 def path(run: Record, metric: str, stage: str = "healed", x: str = "Δtrait") -> list[tuple]:
@@ -146,34 +140,27 @@ def matched_table(records: list[Record], level: float, metrics: list[str]) -> st
     """Steering alone and every arm at `level` nats."""
     rows = [["steering alone", *matched_cells([run], level, metrics, "alone")]
             for run in untrained(records)]
-    for arm, of_arm in by_arm(records).items():
-        rows.append([arm, *matched_cells(of_arm, level, metrics)])
+    rows += [[arm, *matched_cells(of_arm, level, metrics)]
+             for arm, of_arm in by_arm(records).items()]
     return markdown(rows, [f"at {level:g} nats", *metrics])
 
 
 def rounds_table(records: list[Record], metrics: list[str]) -> str:
-    """What is not trained, and every arm after every round."""
-    # 1. the events of each row, over seeds
-    lines = []
+    """What is not trained, and every arm after every round; also how every foundation moved."""
+    others = [f"Δ{name}" for name in NATS if name != records[0].of("base")[0]["axis"]]
+    metrics = ["Δsteered", "Δtrait", "retained", "D", *metrics, *others]
+    names = {"base": "base", "prompted": "persona prompt", "alone": "steering alone"}
+    rows = []
     for run in untrained(records):
         for e in sorted(run.events, key=lambda e: e.get("dose", 0)):
-            name = {"prompted": "persona prompt", "alone": "steering alone"}.get(e["stage"])
-            if name or e["stage"] == "base":
-                lines.append((name or "base", f"dose {e['dose']:g}" if "dose" in e else "", [e]))
+            if e["stage"] in names:
+                dose = f"dose {e['dose']:g}" if "dose" in e else ""
+                rows.append([names[e["stage"]], dose, 1, *cells([e], metrics)])
     for arm, of_arm in by_arm(records).items():
-        for r in range(max(len(run.of("healed")) for run in of_arm)):
-            events = [run.of("healed")[r] for run in of_arm if len(run.of("healed")) > r]
-            lines.append((arm, r, events))
-
-    # 2. their metrics, and the other foundation that moved most on the mean
-    metrics = ["Δsteered", "Δtrait", "retained", "D", "coh_cost", *metrics]
-    others = [f"Δ{name}" for name in NATS if name != records[0].of("base")[0]["axis"]]
-    rows = []
-    for arm, r, events in lines:
-        mover = max(others, key=lambda name: abs(sum(e[name] for e in events)))
-        off_target = f"{mover.removesuffix('_nats')} {cells(events, [mover])[0]}"
-        rows.append([arm, r, len(events), *cells(events, metrics), off_target])
-    return markdown(rows, ["arm", "round", "seeds", *metrics, "off target"])
+        for r, of_round in enumerate(zip_longest(*(run.of("healed") for run in of_arm))):
+            events = [e for e in of_round if e]
+            rows.append([arm, r, len(events), *cells(events, metrics)])
+    return markdown(rows, ["arm", "round", "seeds", *metrics])
 
 
 def figure(records: list[Record], metrics: list[str] = (), x: str = "Δtrait") -> Figure:
@@ -184,9 +171,9 @@ def figure(records: list[Record], metrics: list[str] = (), x: str = "Δtrait") -
     arms, metrics = by_arm(records), metrics or metrics_of(records)
     rows, columns = -(-len(metrics) // 3), min(3, len(metrics))
     fig = Figure(figsize=(3.4 * columns, 2.9 * rows + 0.3), layout="constrained")
-    panels = fig.subplots(rows, columns, squeeze=False).ravel()
     colours = matplotlib.colormaps["turbo"](np.linspace(0.08, 0.92, len(arms)))
-    for axis, metric in zip(panels, metrics):
+    for k, metric in enumerate(metrics, 1):
+        axis = fig.add_subplot(rows, columns, k)
         for colour, (arm, of_arm) in zip(colours, arms.items()):
             for run in of_arm:
                 axis.plot(*zip(*path(run, metric, x=x)), "o-", color=colour, markersize=3,
@@ -196,7 +183,7 @@ def figure(records: list[Record], metrics: list[str] = (), x: str = "Δtrait") -
                       label="steering alone, by dose")
             for e in run.of("prompted"):
                 axis.plot([e[x]], [e[metric]], "k^", markersize=5, label="persona prompt")
-        axis.set_xlabel("Δtrait (nats)" if x == "Δtrait" else x, fontsize=7)
+        axis.set_xlabel(x, fontsize=7)
         axis.set_title(metric, fontsize=8)
         axis.tick_params(labelsize=7, which="both")
         axis.spines[["top", "right"]].set_visible(False)
@@ -204,9 +191,7 @@ def figure(records: list[Record], metrics: list[str] = (), x: str = "Δtrait") -
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter("{x:g}")
-    for axis in panels[len(metrics):]:
-        axis.set_visible(False)
-    fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
+    fig.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4,
                fontsize=7, frameon=False)
     return fig
 
@@ -239,10 +224,8 @@ def page(records: list[Record], picture: str = "arms.png") -> str:
              f"![each metric over Δtrait]({picture})", LEGEND.format(**bases[0]),
              "## At matched Δtrait", *(matched_table(records, at, metrics) for at in LEVELS),
              "## Round by round", rounds_table(records, metrics)]
-    ended = [f"- {run.name}, round {e['round']}: {e['why']}"
-             for run in records for e in run.of("ended")]
-    if ended:
-        parts += ["## Runs that ended early", "\n".join(ended)]
+    for run in records:
+        parts += [f"{run.name} ended in round {e['round']}: {e['why']}" for e in run.of("ended")]
     return "\n\n".join(parts) + "\n"
 
 

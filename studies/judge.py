@@ -7,7 +7,7 @@
     python -m studies.judge runs/eight results/runs/eight    # then: python -m studies.frontier
 
 The original's own perplexity is what a barrier trains on; this model has no part in the training.
-Records keep no texts: they are read from the run folders.
+A sweep writes its records anew: judge them again then.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +42,7 @@ def main(cfg: Config) -> None:
     known = {}  # arms share a base, and forks a round
     for record in tqdm(records, "judge", leave=False, disable=None):
         events = runs.read_events(cfg.sweep / record.name)
-        if len(events) != len(record.events):
-            raise ValueError(f"{cfg.records / record.name}.jsonl has {len(record.events)} events, "
-                             f"its run has {len(events)}; fix: run the sweep again")
-        for event, kept in zip(events, record.events):
+        for event, kept in zip(events, record.events, strict=True):
             if "texts" in event:
                 key = str(event["texts"])
                 if key not in known:

@@ -2,15 +2,13 @@
 
     python -m studies.paper        # from the records in results/runs/, without a model
 
-The words stand in studies/paper.md.j2, and ask the records for their numbers, so that none can
-differ from what was run. An arm is written sweep/arm:
+The words stand in studies/paper.md.j2, and ask the records for their numbers. An arm is sweep/arm:
 
     {{ get("eight/nll", "plain text", r=2) }}           after round 2, mean [95 % interval]
     {{ get("eight/nll", "plain text", level=5) }}       where it first moved 5 nats
     {{ difference("long/nll", "mild/nll", "Δtrait", r=2) }}     within seeds
 
-Arms of the new readout that have not been run are left out. results/commands.md lists the command
-that made each sweep.
+Arms of the new readout that have not been run are left out. commands.md lists what made each sweep.
 """
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +25,7 @@ from tools.sweep import Record
 @dataclass
 class Config:
     records: Path = Path("results/runs")  # a folder of records for each sweep
-    out: Path = Path("results/paper.md")
+    out: Path = Path("results")  # folder for paper.md, its figures and commands.md
 
 
 class Sweeps:
@@ -38,8 +36,7 @@ class Sweeps:
         for sweep in sorted(path for path in folder.iterdir() if path.is_dir()):
             for run in frontier.read(sweep):
                 self.arms.setdefault(f"{sweep.name}/{run.config['arm']}", []).append(run)
-                of_command = self.commands.setdefault(sweep.name, {})
-                of_command.setdefault(run.config["command"], []).append(run.name)
+                self.commands.setdefault(sweep.name, {})[run.config["command"]] = True
 
     def by_seed(self, arm: str, metric: str, r: int | None = None, level: float | None = None,
                 stage: str = "healed") -> dict[int, float | None]:
@@ -91,30 +88,29 @@ class Sweeps:
 
         An arm that never got so far stands as it was after its last round.
         """
-        metrics, rows, head = ["Δtrait", *self.metrics(arms)], [], [""] * 4
+        metrics = ["Δtrait", *self.metrics(arms)]
+        head, rows = ["teacher", "targets", "sampler", "barrier", "rounds", "seeds"], []
         for run in self.arms.get(arms[0].split("/")[0] + "/alone", []):
             for name, stage in (("base", "base"), ("persona as a prompt", "prompted")):
-                rows.append([name, *head, 1, *frontier.cells(run.of(stage), metrics)])
+                rows.append([name, *[""] * 4, 1, *frontier.cells(run.of(stage), metrics)])
             values = frontier.matched_cells([run], level, metrics, "alone")
-            rows.append(["steering alone", *head, 1, *values])
+            rows.append(["steering alone", *[""] * 4, 1, *values])
         for arm in arms:
             of_arm = self.arms[arm]
             values = frontier.matched_cells(of_arm, level, metrics)
             if values[0] == "n/a":
                 values = frontier.cells([run.of("healed")[-1] for run in of_arm], metrics)
             rows.append([*recipe(of_arm[0].config), len(of_arm), *values])
-        return markdown(rows, ["teacher", "targets", "sampler", "barrier", "rounds", "seeds",
-                                     *metrics])
+        return markdown(rows, [*head, *metrics])
 
     def contrasts(self, pairs: dict[str, tuple], prefix: str = "") -> str:
         """A table of differences: {name: (arm, other arm, where)}, of the pairs that were run."""
-        rows = []
-        metrics = self.metrics(self.known(sum([list(pair[:2]) for pair in pairs.values()], []),
-                                          prefix))
-        for name, (*arms, where) in pairs.items():
-            arms = self.known(arms, prefix)
-            if len(arms) == 2:
-                rows.append([name, *(self.difference(*arms, key, **where) for key in metrics)])
+        arms = [arm for pair in pairs.values() for arm in self.known(pair[:2], prefix)]
+        metrics, rows = self.metrics(arms), []
+        for name, (*pair, where) in pairs.items():
+            pair = self.known(pair, prefix)
+            if len(pair) == 2:
+                rows.append([name, *(self.difference(*pair, key, **where) for key in metrics)])
         return markdown(rows, ["difference", *metrics])
 
     def counts(self) -> str:
@@ -142,22 +138,16 @@ def recipe(config: dict) -> list:
 
 
 def main(cfg: Config) -> None:
-    cfg.out.parent.mkdir(parents=True, exist_ok=True)
-    sweeps = Sweeps(cfg.records, cfg.out.parent)
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    sweeps = Sweeps(cfg.records, cfg.out)
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent),
                                    undefined=jinja2.StrictUndefined, trim_blocks=True,
                                    keep_trailing_newline=True)
     ask = {name: getattr(sweeps, name) for name in dir(sweeps) if not name.startswith("_")}
-    pages = {}
-    for name, file in (("paper", cfg.out), ("commands", cfg.out.with_name("commands.md"))):
-        try:
-            pages[file] = templates.get_template(f"{name}.md.j2").render(ask)
-        except KeyError as e:
-            raise ValueError(f"{cfg.records} has no {e}, which {name}.md.j2 asks for; "
-                             "fix: run the sweep, or studies.judge, again") from None
-    for file, page in pages.items():
-        runs.write_text(file, page)
-        print(file)
+    for name in ("paper", "commands"):
+        page = templates.get_template(f"{name}.md.j2").render(ask)
+        runs.write_text(cfg.out / f"{name}.md", page)
+        print(cfg.out / f"{name}.md")
 
 
 if __name__ == "__main__":

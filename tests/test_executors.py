@@ -46,13 +46,13 @@ sleep 0.7; rmdir $at; echo $CUDA_VISIBLE_DEVICES $*''')
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
     monkeypatch.setattr(sys, "argv", ["sweep.py", "--tau", "0.1"])
     cfg = config(tmp_path, executor="local", gpus=(1, 3))
-    sweep.execute(cfg, list("abcde"))
+    assert sweep.execute(cfg, list("abcde")) == []
     logs = {name: sweep.log_of(cfg, name).read_text().split() for name in "abcde"}
     assert {words[0] for words in logs.values()} == {"1", "3"}
     for name, words in logs.items():
         assert " ".join(words[1:]) == (
             f"-m tools.sweep --tau 0.1 --executor here --only {name}")
-    assert "waiting for a b and 3 that have not begun\n" in capsys.readouterr().out
+    assert "waiting for b, 3 have not begun\n" in capsys.readouterr().out
 
 
 def test_slurm_gets_each_run_with_the_flags_given(tmp_path, monkeypatch):

@@ -114,7 +114,7 @@ def test_a_killed_job_is_told_and_the_same_command_goes_on(slurm, tiny_folder, t
     told, error = first.communicate(timeout=1800)
     assert first.returncode == 1 and "did not finish: kl_rev_rmse_s0; fix: " in error
     assert re.search(r"kl_rev_rmse_s0 failed: .*CANCELLED AT", told), told
-    assert "waiting for kl_rev_rmse_s0\n" in told and not (out / "records").exists()
+    assert "waiting for kl_rev_rmse_s0, " in told and not (out / "records").exists()
 
     # 3. the same command again, and in one process
     done_before = (out / "sweep" / "nll_s0" / "events.jsonl").stat().st_mtime

@@ -169,5 +169,5 @@ def test_judge_perplexity_is_that_of_each_text_alone(run, tiny_folder, tmp_path,
 
 
 def test_the_paper_is_made_of_the_committed_records(tmp_path):
-    paper.main(paper.Config(ROOT / "results/runs", tmp_path / "paper.md"))
+    paper.main(paper.Config(ROOT / "results/runs", tmp_path))
     assert (tmp_path / "paper.md").read_text() == (ROOT / "results/paper.md").read_text()

@@ -8,14 +8,13 @@
     python -m studies.frontier results/runs/sweep             # then: the page of tables, its figure
 
 Every flag of heal_loop.py works here too and holds for all arms. The same command goes on where it
-stopped: a finished run is not run again. Runs that differ only in how they heal share round 0 up to
-its healing: the first of them makes it, the others are forks of it. With --only NAME it makes that
-one run: so the executors call it, and so may any other scheduler.
+stopped. Runs that differ only in how they heal share round 0 up to its healing: the first of them
+makes it, the others are forks of it. --only NAME makes that one run: so the executors call it, and
+so may any other scheduler.
 
 When all is run, a record of each run (its metrics, no texts) is in results/runs/NAME, NAME that of
 --out: one JSON line of settings, and one per event.
 """
-import functools
 import itertools
 import json
 import os
@@ -25,6 +24,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -59,10 +59,8 @@ class Config:
     lr: tuple[float, ...] = ()
     epochs: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)  # one run of every arm each
-    # what they are compared with
     alone: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)  # doses of steering alone; or none
     baselines: bool = False  # also measure every run's own baselines
-    # where
     out: Path = Path("runs/sweep")  # folder of the run folders
     records: Path = Path("results/runs")  # the records go into a folder in it, named as --out
     executor: Literal["here", "local", "slurm"] = "here"  # in this process, or a process a run
@@ -82,14 +80,6 @@ SHORT = {"agg": "", "trait": "", "teacher": "", "targets": "", "doses": "dose", 
          "dose_nats": "nats", "top_p": "p", "max_perplexity": "ppl", "weight_decay": "decay"}
 
 
-def split_doses(flag: str, word: str) -> tuple[float, ...]:
-    """One arm's doses from one word: "1,2" -> (1.0, 2.0)."""
-    try:
-        return tuple(map(float, word.split(",")))
-    except ValueError:
-        raise ValueError(f"--{flag} {word} is malformed; fix: numbers, as in 0 1,2") from None
-
-
 def arm_name(chosen: dict, lists: dict[str, list]) -> str:
     """Such as kl_rev_rmse_tau0.2: regulariser, aggregation, and what else varies in this sweep."""
     ignored = ("reg", *IGNORED[chosen["reg"]], *IGNORED[chosen["teacher"]])
@@ -107,20 +97,16 @@ def arm_name(chosen: dict, lists: dict[str, list]) -> str:
 
 
 def arms(cfg: Config) -> dict[str, list[heal_loop.Config]]:
-    """{arm: one run per seed}, in the order of the flags. Raises ValueError for an empty list."""
-    for name in ("reg", "agg", "seeds"):
-        if not getattr(cfg, name):
-            raise ValueError(f"--{name} is empty; fix: give at least one")
+    """{arm: one run per seed}, in the order of the flags. Raises ValueError for a malformed one."""
     for name in ("seed", "resume", "fork", "at"):
         if getattr(cfg.run, name) != getattr(heal_loop.Config, name):
             raise ValueError(f"--{name} is a single run's; fix: leave it out, seeds go by --seeds")
-
     # dict.fromkeys: what a flag names twice is run once, in the order of the flag
     lists = {}
     for name in VARIED:
         values = getattr(cfg, name)
         if name in DOSES:
-            values = [split_doses(name.replace("_", "-"), word) for word in values]
+            values = [tuple(map(float, word.split(","))) for word in values]
         lists[name] = list(dict.fromkeys(values or [getattr(cfg.run, name)]))
     by_arm = {}
     for values in itertools.product(*lists.values()):
@@ -129,7 +115,7 @@ def arms(cfg: Config) -> dict[str, list[heal_loop.Config]]:
         if arm in by_arm:  # differs only in what has no effect
             continue
         by_arm[arm] = []
-        for seed in dict.fromkeys(cfg.seeds):
+        for seed in dict.fromkeys(cfg.seeds or [cfg.run.seed]):
             run = replace(cfg.run, **chosen, seed=seed, baselines=cfg.baselines,
                           out=cfg.out / f"{arm}_s{seed}")
             runs.check_ranges(run)
@@ -143,21 +129,22 @@ def upstream(run: heal_loop.Config) -> str:
     return json.dumps({k: v for k, v in settings.items() if k not in heal_loop.HEALING})
 
 
-def is_finished(run: heal_loop.Config) -> bool:
-    """True where the last metric is on record, or the reason why there is none.
-
-    Raises ValueError for a folder of other settings.
-    """
+def recorded(run: heal_loop.Config) -> list[dict]:
+    """The events of a run so far. Raises ValueError for a folder of other settings."""
     if not (run.out / "config.json").exists():
-        return False
+        return []
     runs.refuse_other_settings(run, run.out, fix="another --out, or the old flags")
-    done = {(e["stage"], e["round"]) for e in runs.read_events(run.out)}
-    ended = any(stage == "ended" for stage, _ in done)
+    return runs.read_events(run.out)
+
+
+def is_finished(run: heal_loop.Config) -> bool:
+    """True where the last metric is on record, or the reason why there is none."""
+    done = [(e["stage"], e["round"]) for e in recorded(run)]
     last = ("matched", run.rounds) if run.baselines else ("healed", run.rounds - 1)
-    return ended or last in done
+    return last in done or "ended" in dict(done)
 
 
-def run_arm(run: heal_loop.Config, trunk: heal_loop.Config, loaded=None) -> None:
+def run_arm(run: heal_loop.Config, trunk: heal_loop.Config, loaded: tuple) -> None:
     """One run from wherever it stands to its end; a run that has not begun forks from `trunk`."""
     if (run.out / "config.json").exists():
         run = replace(run, resume=run.out)
@@ -168,7 +155,7 @@ def run_arm(run: heal_loop.Config, trunk: heal_loop.Config, loaded=None) -> None
     except runs.Ended as e:  # on record in the run, and a result of this arm
         print(f"{run.out} ended: {e}")
     finally:
-        if loaded and lora.is_attached(loaded[0]):
+        if lora.is_attached(loaded[0]):
             lora.detach(loaded[0])  # the next run gets the plain model
 
 
@@ -180,34 +167,28 @@ def references(cfg: Config, run: heal_loop.Config) -> heal_loop.Config:
 
 
 def doses_left(run: heal_loop.Config, doses: tuple[float, ...]) -> list[float]:
-    """The doses that are not on record yet. Raises ValueError for a folder of other settings."""
-    known = []
-    if (run.out / "config.json").exists():
-        runs.refuse_other_settings(run, run.out, fix="another --out, or the old flags")
-        known = [e["dose"] for e in runs.read_events(run.out) if e["stage"] == "alone"]
+    """The doses that are not on record yet."""
+    known = [e["dose"] for e in recorded(run) if e["stage"] == "alone"]
     return [dose for dose in dict.fromkeys(doses) if dose not in known]
 
 
-def steer_alone(run: heal_loop.Config, doses: tuple[float, ...], loaded=None) -> None:
+def steer_alone(run: heal_loop.Config, doses: tuple[float, ...], loaded: tuple) -> None:
     """The original, with the persona as its prompt, and with its own vector at each dose."""
-    doses = doses_left(run, doses)
-    reading = texts.read(run)
+    doses, reading, (model, chat) = doses_left(run, doses), texts.read(run), loaded
     if (run.out / "config.json").exists():
         run = replace(run, resume=run.out)
-    model, chat = loaded or checks.load(run.model, run.device, run.dtype, run.date)
     lora.attach(model)  # whose gates, shut, are the original
     try:
         again = "python -m tools.sweep, with the same flags"
         with runs.begin(run, "alone", again=again) as folder, lora.gates(model, history=0, live=0):
-            measure = functools.partial(evaluate.measure, model, chat, reading,
-                                        readout=run.readout, think_tokens=run.think_tokens)
+            measure = partial(evaluate.measure, model, chat, reading, readout=run.readout,
+                              think_tokens=run.think_tokens)
             base = folder.find("base", -1) or folder.record("base", -1, **measure("base"))
-            constants = base["profile"]["constants"]
-            measure = functools.partial(measure, constants=constants)
+            measure = partial(measure, constants=base["profile"]["constants"])
             if not folder.find("prompted", -1):
                 folder.record("prompted", -1, **measure("prompted", system=reading.pos))
-            pos, neg = prompts.persona_prompts(chat, reading.pos, reading.neg, reading.contexts)
-            vector = extract_vector(model, pos, neg, band(model, run.steer_layers))
+            pair = prompts.persona_prompts(chat, reading.pos, reading.neg, reading.contexts)
+            vector = extract_vector(model, *pair, band(model, run.steer_layers))
             for dose in doses:
                 metrics = measure(f"dose {dose:g}", vector=vector, dose=dose)
                 folder.record("alone", 0, dose=dose, **metrics)
@@ -219,34 +200,37 @@ def log_of(cfg: Config, name: str) -> Path:
     return cfg.out / "jobs" / f"{name}.log"
 
 
-def execute(cfg: Config, names: list[str]) -> None:
-    """Each run by `--only` in a process of its own, and wait for the last, well or not.
+def execute(cfg: Config, names: list[str]) -> list[str]:
+    """Each run by `--only` in a process of its own, waited for to the last; -> those that failed.
 
     local: one at a time for each of --gpus, which is all that it sees. slurm: all at once, each by
-    `sbatch --wait`, which lasts as long as its job and itself tells when SLURM does not answer or
-    has forgotten the job. Raises ValueError where GPUs or cluster are missing.
+    `sbatch --wait`, which lasts as long as its job. Raises ValueError where GPUs or cluster are
+    missing.
     """
-    # 1. what there is to run on
     is_local, job = cfg.executor == "local", f"{cfg.out.name}_{os.getpid()}"
     gpus = list(cfg.gpus or range(torch.cuda.device_count())) if is_local else [None] * len(names)
     if is_local and not gpus:
-        raise ValueError("--executor local: no GPU here; fix: --gpus 0 1 for two runs at once all "
-                         "the same, or --executor here")
+        raise ValueError("no GPU here; fix: --gpus 0 1 for two runs at once, or --executor here")
     if not is_local and not shutil.which("sbatch"):
-        raise ValueError("--executor slurm: no sbatch here; fix: run it on the cluster's login "
-                         "node, or --executor here")
-    path = os.pathsep.join([str(runs.HERE), os.environ.get("PYTHONPATH", "")])
+        raise ValueError("no sbatch here; fix: run it on a login node, or --executor here")
     (cfg.out / "jobs").mkdir(parents=True, exist_ok=True)
-
-    # 2. start, wait, and say what is waited for: when that changes, and every ten minutes
-    waiting, running, line, told = list(names), {}, "", 0.0
+    waiting, running, failed = list(names), {}, []
     try:
         while waiting or running:
-            running = {k: run for k, run in running.items() if run[1].poll() is None}
             for k, gpu in enumerate(gpus):
+                # 1. its process has ended: well, or its log says how
+                if k in running and running[k][1].poll() is not None:
+                    name, process = running.pop(k)
+                    if process.returncode:
+                        text = log_of(cfg, name).read_text(encoding="utf-8", errors="replace")
+                        last_line = text.strip().rpartition("\n")[2]
+                        print(f"{name} failed: {last_line} ({log_of(cfg, name)})", flush=True)
+                        failed.append(name)
+
+                # 2. the next one
                 if k not in running and waiting:
-                    name = waiting.pop(0)
-                    log, env = log_of(cfg, name), os.environ | {"PYTHONPATH": path}
+                    name, env = waiting.pop(0), dict(os.environ)
+                    log = log_of(cfg, name)
                     command = [sys.executable, "-m", "tools.sweep", *sys.argv[1:],
                                "--executor", "here", "--only", name]
                     if is_local:
@@ -258,23 +242,14 @@ def execute(cfg: Config, names: list[str]) -> None:
                     with log.open("a") as file:
                         process = subprocess.Popen(command, env=env, stdout=file, stderr=file)
                     running[k] = name, process
-            news = " ".join(["waiting for", *(name for name, _ in running.values()),
-                             *[f"and {len(waiting)} that have not begun"] * bool(waiting)])
-            if running and (news != line or time.monotonic() - told > 600):
-                print(news, flush=True)
-                line, told = news, time.monotonic()
+                    print(f"waiting for {name}, {len(waiting)} have not begun", flush=True)
             time.sleep(0.5)
     finally:  # where it was interrupted
         for _, process in running.values():
             process.terminate()
         if running and not is_local:
             subprocess.run(["scancel", f"--name={job}"])
-
-
-def last_line(log: Path) -> str:
-    """What a process wrote last, such as its error or why SLURM cancelled it."""
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
-    return next((line for line in reversed(lines) if line.strip()), "it left no log")
+    return failed
 
 
 @dataclass
@@ -309,26 +284,19 @@ def record(run: Path, **labels) -> Record:
 
 
 def save(record: Record, folder: Path) -> None:
-    """Write a record. What studies.judge added to the one before it stays with the same events."""
+    """Write a record: a line of settings, and one per event."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{record.name}.jsonl"
-    before = runs.read_jsonl(file)[1:] if file.exists() else []
-    for event, earlier in zip(record.events, before):
-        if {**earlier, **event} == earlier:
-            event |= earlier
     first = {"stage": "config", "round": -1, **record.config}
-    runs.write_text(file, runs.to_jsonl([first, *record.events]))
+    runs.write_text(folder / f"{record.name}.jsonl", runs.to_jsonl([first, *record.events]))
 
 
 def load(folder: Path) -> list[Record]:
-    """Every record of a folder. Raises ValueError for a folder or a file without one."""
+    """Every record of a folder. Raises ValueError for a folder without one."""
     records = []
     for file in sorted(folder.glob("*.jsonl")):
         first, *events = runs.read_jsonl(file)
-        if (first.pop("stage"), first.pop("round")) != ("config", -1):
-            raise ValueError(f"{file} is not a record (its first line is no config); "
-                             "fix: run the sweep again, which writes it anew")
-        records.append(Record(file.stem, first, events))
+        if (first.pop("stage"), first.pop("round")) == ("config", -1):
+            records.append(Record(file.stem, first, events))
     if not records:
         raise ValueError(f"{folder} holds no records; fix: give one that tools.sweep wrote")
     return records
@@ -343,19 +311,19 @@ def main(cfg: Config) -> None:
         texts.read(run)
     if cfg.only not in (None, "alone", *every):
         raise ValueError(f"--only {cfg.only} is no run of these flags; fix: {' '.join(every)}")
-    todo = unfinished(cfg, every, alone)
+    todo = ["alone"] * bool(doses_left(alone, cfg.alone))
+    todo += [name for name, run in every.items() if not is_finished(run)]
+    todo = [name for name in todo if cfg.only in (None, name)]
     print(f"{len(every)} runs in {cfg.out}, {len(todo)} to do", flush=True)
 
     # 2. first what others fork from, then these
     trunks = {}
-    for run in every.values():
-        trunks.setdefault(upstream(run), run)
-    trunk_of = {name: trunks[upstream(run)] for name, run in every.items()}
+    trunk_of = {name: trunks.setdefault(upstream(run), run) for name, run in every.items()}
     forks = [name for name in todo if name != "alone" and trunk_of[name].out.name != name]
-    first = [name for name in todo if name not in forks]
+    first, failed = [name for name in todo if name not in forks], []
     if cfg.executor != "here":
         for names in filter(None, (first, forks)):
-            execute(cfg, names)
+            failed += execute(cfg, names)
     elif todo:  # one model for all runs
         loaded = checks.load(cfg.run.model, cfg.run.device, cfg.run.dtype, cfg.run.date)
         for name in (*first, *forks):
@@ -363,29 +331,18 @@ def main(cfg: Config) -> None:
                 steer_alone(alone, cfg.alone, loaded)
             else:
                 run_arm(every[name], trunk_of[name], loaded)
-
-    # 3. a process that left no result failed, and its log says how
-    failed = unfinished(cfg, every, alone)
-    for name in failed:
-        print(f"{name} failed: {last_line(log_of(cfg, name))} ({log_of(cfg, name)})")
     if failed:
         raise ValueError(f"did not finish: {' '.join(failed)}; fix: what their logs say; "
                          "the same command goes on")
 
-    # 4. the records
+    # 3. the records
+    if cfg.only:
+        return
     folder, command = cfg.records / cfg.out.name, shlex.join(sys.argv[1:])
     for arm, of_arm in {"alone": [alone] * bool(cfg.alone), **by_arm}.items():
-        for run in of_arm if not cfg.only else ():
+        for run in of_arm:
             save(record(run.out, arm=arm, command=command), folder)
-    if not cfg.only:
-        print(f"{folder}; tables and figure: python -m studies.frontier {folder}")
-
-
-def unfinished(cfg: Config, every: dict[str, heal_loop.Config], alone: heal_loop.Config) -> list:
-    """The names of runs that have no end yet, `alone` where a dose is left; those of --only."""
-    names = ["alone"] * bool(doses_left(alone, cfg.alone))
-    names += [name for name, run in every.items() if not is_finished(run)]
-    return [name for name in names if cfg.only in (None, name)]
+    print(f"{folder}; tables and figure: python -m studies.frontier {folder}")
 
 
 if __name__ == "__main__":
