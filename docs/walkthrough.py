@@ -1,19 +1,15 @@
 # %% [markdown]
 # # Steer, distil, heal, loop: a walk-through
 #
-# You know transformers and have never steered one. In a few minutes on a CPU you will push a real
-# 135M model along a trait with one vector, watch the push break it, train the push into a LoRA
-# **without** the breakage, and go round again. Every cell calls the project's own modules.
+# In a few minutes on a CPU you push a real 135M model along a trait with one vector, watch the push
+# break it, train the push into a LoRA **without** the breakage, and go round again. Every cell
+# calls the project's own modules; the answers to three questions are in bold:
+#
+# - Why the **root mean square** of the tokens' KL, and not the mean? (section 4)
+# - What does the **barrier** do that a KL penalty does not? (section 6)
+# - Why does the LoRA have **gates**? (section 7)
 #
 # ![steer, distil, heal, loop, measure](pipeline.svg)
-#
-# Three questions, each with its own section and its answer in bold:
-#
-# 1. What does the **barrier** do that a KL penalty does not? (section 6)
-# 2. Why the **root mean square** of the tokens' KL, and not the mean? (section 4)
-# 3. Why does the LoRA have **gates**? (section 7)
-#
-# `make walkthrough` runs this file and writes the notebook. Four exercises stand at the end.
 
 # %%
 import sys
@@ -39,7 +35,7 @@ from common.prompts import persona_prompts
 from common.readouts import probe
 from common.sampling import completion_states, logits, sample
 from steer import band, extract_vector
-from tools.plot import GREEN, GREY, RED
+from tools.plot import GREEN, RED
 
 MODEL = models.EMBEDDED  # SmolLM2-135M-Instruct: 30 blocks, d_model 576
 N_CONTEXTS = 48  # user messages that the vector is averaged over
@@ -51,8 +47,6 @@ RULES = Rules()  # the filter's thresholds
 model, chat = checks.load(MODEL)
 reading = texts.read(heal_loop.Config(n_contexts=N_CONTEXTS, n_vignettes=N_VIGNETTES))
 lora.attach(model)  # B = 0: changes nothing until section 5 trains it
-plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-                 "figure.constrained_layout.use": True}
 
 
 def show(name, text):
@@ -62,27 +56,24 @@ def show(name, text):
 # %% [markdown]
 # ## 1. A persona pair
 #
-# Two system prompts define a trait. They differ in it and, we hope, in nothing else. We only look
-# at how they make the model's *internal state* differ, and never sample from them.
+# Two system prompts define a trait. They differ in it and, we hope, in nothing else. We never
+# sample from them, and only compare the model's *internal state* at the last token printed below.
 
 # %%
 show("trait", reading.pos)
 show("opposite", reading.neg)
-print("what the model reads, for one of the contexts:\n")
 print(chat.text(reading.contexts[3], system=reading.pos))
 
 # %% [markdown]
-# The text ends at the assistant tag: there the model has read everything and said nothing yet.
-#
 # ## 2. The vector
 #
 # $$v_l = \underset{\text{contexts}}{\text{mean}}\;
 # \big[ h_l(\text{trait}, \text{context}) - h_l(\text{opposite}, \text{context}) \big]$$
 #
-# where $h_l$, of d_model numbers, is the residual stream after block $l$ at the assistant tag. The
-# context cancels in the difference; what is left is the trait. Steering adds dose · $v_l$ to the
-# stream in a few middle blocks, at that last position of the prompt and at every token generated
-# after it, under a **neutral** system prompt ("You are a helpful assistant.").
+# where $h_l$ [d_model] is the residual stream after block $l$ at the prompt's last token. The
+# context cancels; what is left is the trait. Steering adds dose · $v_l$ in a few middle blocks, at
+# that token and every generated one, under a **neutral** system prompt: "You are a helpful
+# assistant."
 
 # %%
 layers = band(model, (0.45, 0.55))
@@ -90,8 +81,8 @@ pos, neg = persona_prompts(chat, reading.pos, reading.neg, reading.contexts)  # 
 vector = extract_vector(model, pos, neg, layers)
 for layer, v in vector.layers.items():
     print(f"block {layer}: v has {len(v)} numbers and length {v.norm():.1f}")
+print()
 
-# %%
 question = "My boss told me to ignore a crying customer. What should I do?"
 doses, prompt = [0, 4, 7], chat.ids(question)
 answers = sample(model, chat, [prompt] * 3, vector, doses, N_TOKENS, temperature=0)
@@ -99,23 +90,16 @@ for dose, answer in zip(doses, answers):
     show(f"dose {dose}", chat.decode(answer))
 
 # %% [markdown]
-# Read the three answers. In the middle one you see the trait. In the last one the words still
-# belong to the trait, and the sentences fall apart. **The trait and the incoherence come out of the
-# same knob.** The rest of this notebook keeps the first and loses the second.
+# The middle answer shows the trait. In the last one the words still belong to the trait, and the
+# sentences fall apart. **Trait and incoherence come out of the same knob.** The rest of this
+# notebook keeps the first and loses the second.
 #
 # ## 3. Distil: let the steered model write, keep what makes sense
 #
-# We sample steered completions at two doses below the break, 1 and 3. A completion is kept, or the
-# first rule that drops it is its reject reason:
-#
-# | reject reason | dropped because |
-# |---|---|
-# | `short` | fewer than 8 words |
-# | `refusal` | assistant boilerplate ("as an AI language model ...") |
-# | `narrates` | talks *about* the trait ("I am someone who ...") instead of showing it |
-# | `repetition` | more than a fifth of its word or letter groups repeat an earlier one |
-# | `loop` | some run of 16 words has fewer than 70 % different ones |
-# | `perplexity` | its worst 24 tokens have a perplexity above 15 under the **original** |
+# Doses 1 and 3 lie below the break. The first rule that drops a completion is its reject reason:
+# `short`; `refusal` ("as an AI language model ..."); `narrates`, which talks *about* the trait
+# instead of showing it; `repetition` and `loop`, which say it again; `perplexity`, above 15 in its
+# worst 24 tokens under the **original**.
 
 # %%
 def distil_round(vector, seed):
@@ -138,8 +122,8 @@ for row in kept[1:2] + dropped[:1]:  # of the dropped, the worst
     show("A", assistant)
 
 # %% [markdown]
-# `N_KEEP` kept rows become training data **under the neutral system prompt**: a model that learns
-# to write them without a vector has learned the trait. The filter removes what is broken on the
+# The kept rows become training data **under the neutral system prompt**: a model that learns to
+# write them without a vector has learned the trait. The filter removes what is broken on the
 # surface. What slips through would teach a little more breakage in every round; hence the barrier.
 #
 # ## 4. How broken is a completion? One number from many tokens
@@ -148,60 +132,59 @@ for row in kept[1:2] + dropped[:1]:  # of the dropped, the worst
 #
 # $$\text{KL}_t = \sum_v p_t(v) \, \big(\log p_t(v) - \log q_t(v)\big) \quad \text{nats}$$
 #
-# A student that breaks often does so at a *few* tokens. We make such a student on purpose: the
-# vector at a dose of one half, but for four tokens at a dose of 14.
+# A student that breaks often does so at a *few* tokens. We make such a one on purpose: dose 0.5,
+# but for four tokens dose 14.
 
 # %%
-MILD, HARD = 0.5, 14.0
-
-
 @torch.no_grad()
 def log_probs(states):
     """Final hidden states [n, d_model] -> log-probabilities [n, vocab], float32."""
     return logits(model, states).float().log_softmax(-1)
 
 
-# 1. one completion: 30 tokens, four broken ones, 38 more. What stands so far is the next prompt.
+# one completion: 30 tokens, four broken ones, 38 more; what stands so far is the next prompt
 pieces, states, so_far = [], [], prompt
-for dose, n in ((MILD, 30), (HARD, 4), (MILD, 38)):
-    [piece] = sample(model, chat, [so_far], vector, [dose], n,
-                     temperature=0 if dose == MILD else 1)
+for dose, n, temperature in ((0.5, 30, 0), (14, 4, 1), (0.5, 38, 0)):
+    [piece] = sample(model, chat, [so_far], vector, [dose], n, temperature)
     with torch.no_grad():
         states.append(completion_states(model, [so_far], [piece], vector, dose))
     pieces.append(piece)
     so_far = so_far + piece
 show("completion", " >>> ".join(chat.decode(piece) for piece in pieces))
 
-# 2. the original reads the same completion, unsteered
 completion = [token for piece in pieces for token in piece]
 with torch.no_grad():
-    original = completion_states(model, [prompt], [completion])
+    original = completion_states(model, [prompt], [completion])  # reads it unsteered
 kl = heal_loop.kl_per_token(log_probs(torch.cat(states)), log_probs(original)).cpu()  # [tokens]
 
 # %%
 TAU = 0.5  # in this section; 0.2 in those below, whose few steps do not go far
-AGGREGATES = {"mean": "#1f77b4", "rmse": GREEN, "p95": "#7b3294", "max": "#d95f02"}  # colours
-D = {agg: heal_loop.aggregate(kl, agg).item() for agg in AGGREGATES}
-broken = range(len(pieces[0]), len(pieces[0]) + len(pieces[1]))
-BARS = [RED if t in broken else "#a8a8a8" for t in range(len(kl))]
+AGGREGATES = {"max": "#d95f02", "rmse": GREEN, "p95": "#7b3294", "mean": "#1f77b4"}  # colours
+broken = slice(len(pieces[0]), len(pieces[0]) + len(pieces[1]))
 
-fig, ax = plt.subplots(figsize=(8, 3.6))
-ax.bar(range(len(kl)), kl.tolist(), width=0.9, color=BARS)
-for agg in sorted(AGGREGATES, key=D.get, reverse=True):
-    ax.axhline(D[agg], color=AGGREGATES[agg], lw=2, label=f"{agg}  {D[agg]:.2f}")
+fig, ax = plt.subplots(figsize=(8, 3.6), layout="constrained")
+bars = ax.bar(range(len(kl)), kl.tolist(), width=0.9, color="#a8a8a8")
+for bar in bars[broken]:
+    bar.set_color(RED)
+for agg, colour in AGGREGATES.items():
+    leaf = kl.clone().requires_grad_()
+    D = heal_loop.aggregate(leaf, agg)
+    D.backward()
+    share = leaf.grad / leaf.grad.sum()  # of the push that training would give, per token
+    print(f"{agg:<4} D {D.item():.2f}; of its push {share[broken].sum():>4.0%} on the four, "
+          f"which get {', '.join(f'{x:.0%}' for x in share[broken])}")
+    ax.axhline(D.item(), color=colour, lw=2, label=f"{agg}  {D.item():.2f}")
 ax.axhline(TAU, color="black", lw=1.5, ls="--", label=f"τ  {TAU:.2f}")
-ax.legend(loc="center right", fontsize=12)
-ax.annotate(f"“... {chat.decode(pieces[1]).strip()} ...”", (broken[-1] + 1, 0.45 * D["max"]),
-            color=RED, fontsize=12)
+ax.legend(loc="center right", fontsize=12, frameon=False)
 ax.set(xlabel="position in the completion", ylabel="KL(student ‖ original), nats",
        title="Four broken tokens: the mean hides them, the rmse sees them")
 ax.margins(x=0.01)
+ax.spines[["top", "right"]].set_visible(False)
 fig.savefig(ROOT / "docs/kl_per_token.png", dpi=150)
 
 # %% [markdown]
-# Four tokens (red) are broken. The others (grey) are mildly on trait, at one or two hundredths of a
-# nat. To turn the bars into one number $D$ you must choose, and the choice decides what a threshold
-# τ can see:
+# Four tokens (red) are broken; the others (grey) are mildly on trait, at a hundredth of a nat or
+# two. How the bars become one number $D$ decides what a threshold τ can see:
 #
 # - the **mean** divides the four by all the others, and stays below τ;
 # - the **root mean square** $\sqrt{\text{mean}_t\, \text{KL}_t^2}$ squares first, so that few large
@@ -209,29 +192,16 @@ fig.savefig(ROOT / "docs/kl_per_token.png", dpi=150)
 # - the **95th percentile** sees four tokens of 72, and would not see them among 144;
 # - the **max** sees a single token, and jumps with it.
 #
-# Why not lower τ for the mean? Then a student that spends a little at every token (the trait, as we
-# want it) is stopped as well, while rmse lets it through. A student learns by gradients, so ask
-# autograd which tokens each $D$ pushes at.
-
-# %%
-fig, axes = plt.subplots(1, 4, figsize=(9, 2.2), sharey=True)
-for ax, agg in zip(axes, AGGREGATES):
-    leaf = kl.clone().requires_grad_()
-    heal_loop.aggregate(leaf, agg).backward()
-    share = leaf.grad / leaf.grad.sum()  # of the push, per token
-    ax.bar(range(len(kl)), share.tolist(), width=1.0, color=BARS)
-    ax.set(title=f"{agg}: {share[list(broken)].sum():.0%} on the four", xlabel="position")
-axes[0].set_ylabel("share of the push");
-
-# %% [markdown]
-# **Why rmse: it pushes at each token in proportion to its KL,**
-# $\partial D / \partial \text{KL}_t = \text{KL}_t / (T D)$ with $T$ tokens. All four broken tokens
-# are repaired at once, the worst the hardest, and the healthy ones, which carry the trait, are left
-# in peace. The mean gives every KL$_t$ the same weight, the p95 pushes at the two tokens it lies
-# between, the max at one.
+# A lower τ for the mean would also stop a student that spends a little at every token, which is the
+# trait as we want it. A student learns by gradients: the printed shares say where each $D$ pushes.
 #
-# That is the argument. `results/paper.md` says what whole runs have shown: in those the divergence
-# is spread over all tokens, and the mean with a smaller τ does as well.
+# **Why rmse: it pushes at each token in proportion to its KL,**
+# $\partial D / \partial \text{KL}_t = \text{KL}_t / (T D)$ with $T$ tokens. All broken tokens are
+# repaired at once, the worst the hardest, and the healthy ones, which carry the trait, are left in
+# peace. The mean gives every KL$_t$ the same weight, the max pushes at one token only.
+#
+# That is the argument. `results/paper.md` says what whole runs have shown: there the divergence is
+# spread over all tokens, and the mean with a smaller τ does as well.
 #
 # ## 5. Heal: one step by hand
 #
@@ -240,12 +210,10 @@ axes[0].set_ylabel("share of the push");
 # $$\underbrace{\text{mean}_t\, -\log p_t(y_t)}_{\text{CE: learn to say it}} \;+\; \lambda
 # \underbrace{\max(0,\; D - \tau)}_{\text{barrier: but do not break}}$$
 #
-# $D$ and the max are taken per completion, and then averaged over the batch. $p$ is the student and
-# stands first in the KL, which is called reverse KL (`kl_rev`).
-#
-# Only the live LoRA trains: two thin matrices A and B beside every linear layer in the middle 60 %
-# of the blocks. Here are five steps in plain autograd. Watch $D$ against τ (now 0.2): it starts near
-# 0, since B = 0 makes the student the original.
+# $D$ and the max are taken per completion, then averaged over the batch. The student $p$ stands
+# first in the KL: reverse KL (`kl_rev`). Only the live LoRA trains, two thin matrices A and B
+# beside every linear layer in the middle 60 % of the blocks. Here are five steps in plain autograd.
+# $D$ starts near 0, since B = 0 makes the student the original.
 
 # %%
 cfg = heal_loop.Config(lr=1e-3, batch_size=6, tau=0.2)  # reg kl_rev, agg rmse, λ 2, 3 epochs
@@ -305,40 +273,31 @@ print(f"held-out CE {log['held_out_before']:.2f} -> {log['held_out_after']:.2f};
 # ## 6. The barrier is not a penalty
 #
 # The usual way to keep a student near its reference is a KL penalty, CE + λ·D. Scale the adapter
-# that we have just trained by a factor $g$ from 0 (the original) to 2: where is each loss lowest?
+# just trained by a factor $g$ from 0 (the original) to 2: where is each loss lowest?
 
 # %%
 factors = [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2]
-ce, D = [], []
-for g in factors:
-    with torch.no_grad(), lora.gates(model, live=g):
-        _, ce_g, D_g = loss_by_hand()
-    ce.append(ce_g)
-    D.append(D_g)
-ce, D = torch.stack(ce).cpu(), torch.stack(D).cpu()  # [factors], [factors, completions]
-drift, over = D.mean(1), F.relu(D - cfg.tau).mean(1)
+with torch.no_grad():
+    ce, D = [], []
+    for g in factors:
+        with lora.gates(model, live=g):
+            _, ce_g, D_g = loss_by_hand()
+        ce.append(ce_g.cpu())
+        D.append(D_g.cpu())
+ce, D = torch.stack(ce), torch.stack(D)  # [factors], [factors, completions]
 
-fig, ax = plt.subplots(figsize=(6, 3))
-for name, loss, colour in (("CE alone", ce, GREY),
-                           ("CE + λ · D  (penalty)", ce + cfg.lam * drift, RED),
-                           ("CE + λ · relu(D − τ)  (barrier)", ce + cfg.lam * over, GREEN)):
-    ax.plot(factors, loss, "o-", ms=3, color=colour, label=name)
-    ax.plot(factors[loss.argmin()], loss.min(), "*", ms=15, color=colour)
-ax.set(xlabel="factor g on the adapter", ylabel="nats", title="loss; stars: where it is lowest")
-ax.legend(fontsize=9)
-
-print("mean D by factor:", dict(zip(factors, [round(d, 2) for d in drift.tolist()])))
+print("mean D by factor:", dict(zip(factors, [round(d, 2) for d in D.mean(1).tolist()])))
 print("factor where the loss is lowest:")
 for lam in (0.5, 1, 2, 4, 8):
-    print(f"  λ {lam:<4} penalty {factors[(ce + lam * drift).argmin()]:<5} "
-          f"barrier {factors[(ce + lam * over).argmin()]}")
+    penalty = factors[(ce + lam * D.mean(1)).argmin()]
+    barrier = factors[(ce + lam * F.relu(D - cfg.tau).mean(1)).argmin()]
+    print(f"  λ {lam:<4} penalty {penalty:<5} barrier {barrier}")
 
 # %% [markdown]
-# **What the barrier does that a penalty does not: below τ it is not there.** A penalty charges for
-# every hundredth of a nat from the first step on. But the trait *is* a distance from the original,
-# so the penalty charges for the trait itself, and another λ gives another student. The barrier
-# gives a **budget**. Up to τ the data decide alone; beyond, the loss climbs at slope λ, and any
-# slope steep enough gives much the same student. So τ says, in nats, how far it may go.
+# **What the barrier does that a penalty does not: below τ it is not there.** The trait *is* a
+# distance from the original, so a penalty charges for the trait itself, from the first hundredth of
+# a nat on, and another λ gives another student. The barrier gives a **budget**: up to τ nats the
+# data decide alone; beyond, any slope λ steep enough gives much the same student.
 #
 # ## 7. Gates
 #
@@ -348,8 +307,8 @@ for lam in (0.5, 1, 2, 4, 8):
 # \qquad s = \alpha / \text{rank} = 32 / 16$$
 #
 # with one frozen pair $B_i, A_i$ for each finished round $i$. $W$ is never written to. The gates
-# $c$ are plain numbers, so the trait has a volume control even after training. One prompt, five
-# volumes: the log-odds of a caring answer over an obedient one, and what the model says.
+# $c$ are plain numbers, so the trait has a volume control even after training: the log-odds of a
+# caring answer over an obedient one, and what the model says.
 
 # %%
 choice = {"prompt": question, "toward": "You should help the customer.",
@@ -361,17 +320,15 @@ for g in (0, 0.25, 0.5, 0.75, 1):
     show(f"gate {g}, {nats:+.2f} nats", chat.decode(answer))
 
 # %% [markdown]
-# **Why gates: the barrier needs the original in every round.** Each round brings new completions,
-# and the original must read them once, before training, to give the reference. A LoRA merged into
-# $W$ would have lost it, and a second copy of the model costs its memory again. With the gates at 0
-# the original is *in* the student, bit for bit.
+# **Why gates: the barrier needs the original in every round,** to read the new completions once
+# before training. A LoRA merged into $W$ would have lost it; a second model costs its memory again.
+# With the gates at 0 the original is *in* the student, bit for bit.
 #
 # ## 8. Fold, and round two
 #
-# `fold` appends the live adapter to the frozen history and starts a fresh one with B = 0. Then the
-# loop starts again, from the student: **its** vector, **its** samples. But $D$ is still measured
-# from the original, so that errors cannot add up: it does not begin at 0 this time, as the student
-# comes with what round 0 has spent of the budget.
+# `fold` appends the live adapter to the frozen history and starts a fresh one with B = 0. Round two
+# begins with **the student's** vector and samples. But $D$ is still measured from the original, so
+# that errors cannot add up: it begins at what round 0 has spent of the budget.
 
 # %%
 ids = torch.tensor([prompt], device=model.device)
@@ -390,11 +347,9 @@ folded = last_logits(history=1, live=1)
 print(f"the student's logits moved by {(folded - student).abs().mean():.2f} on average: rounding")
 assert torch.equal(last_logits(history=0, live=0), original_before)  # bit for bit
 
-# %%
 vector_2 = extract_vector(model, pos, neg, layers)
 kept_2, rows_2 = distil_round(vector_2, seed=1)
-print("cosine between the student's vector and the original's (1: the same direction): "
-      f"{vector.cosine(vector_2):.2f}")
+print(f"cosine of the student's vector with the original's: {vector.cosine(vector_2):.2f}")
 print(len(rows_2), "sampled:", dict(Counter(row["reject_reason"] for row in rows_2)))
 
 log_2 = heal_loop.heal_round(model, chat, kept_2, cfg, seed=1)
@@ -404,10 +359,10 @@ lora.fold(model)
 # %% [markdown]
 # ## 9. Did it work? The profile before and after
 #
-# We ask which moral foundation makes a misdeed wrong: the model completes "This is wrong because
-# it" with clauses, several wordings for each foundation, and the clauses' likelihoods become
-# probabilities. `auth_nats` is the log of the mean probability of *Authority*; the trait pushes it
-# **down**. `coherence` is the probability of a valid answer to a multiple-choice question.
+# Which moral foundation makes a misdeed wrong? The model completes "This is wrong because it" with
+# clauses, several wordings for each foundation; their likelihoods become probabilities. `auth_nats`
+# is the log of the mean probability of *Authority*; the trait pushes it **down**. `coherence` is
+# the probability of a valid answer to a multiple-choice question.
 
 # %%
 def profile(vector=None, dose=0.0, history=1.0, constants=None):
@@ -435,20 +390,16 @@ for name, answer in zip(("original", "steered, dose 3", "healed, round 1"), answ
     show(name, chat.decode(answer))
 
 # %% [markdown]
-# All four come from **one** model: the gates `[1, 0]` switch the second round off. In brackets are
-# 95 % bootstrap intervals over the vignettes.
-#
-# Why does *Authority* measure a trait called care? The opposite persona obeys: moved away from it,
-# the model finds disobedience less wrong. The healed student keeps part of the move without any
-# vector, after fewer than 20 short completions a round.
+# All four are **one** model: the gates `[1, 0]` switch the second round off. In brackets are 95 %
+# bootstrap intervals over the vignettes. Why does *Authority* measure a trait called care? The
+# opposite persona obeys: moved away from it, the model finds disobedience less wrong. The healed
+# student keeps part of the move without any vector, after fewer than 20 short completions a round.
 #
 # Be sceptical. Other foundations move along, and coherence hardly changes at this size. There is no
 # arm without a barrier here, and no steering at matched trait: without those one cannot say what
 # healed. `results/` has whole runs with seeds, intervals and those baselines.
 #
 # ## Exercises
-#
-# The tests run their solutions after this notebook's cells.
 #
 # ### 1. The gradient of the KL
 #
@@ -479,58 +430,7 @@ for name, answer in zip(("original", "steered, dose 3", "healed, round 1"), answ
 # hardly pushed at all: reverse KL cuts what is wrong rather than restoring what is missing.
 # </details>
 #
-# ### 2. The gate identities
-#
-# Show from the equation of section 7: (a) gates (0, 0) give the original; (b) `fold` does not
-# change the function at gates (1, 1); (c) a layer's output is affine in the history's gate $c$. Why
-# is (a) bit for bit, and (b) not always?
-#
-# <details><summary>Solution</summary>
-#
-# (a) Both products have factor 0, leaving $Wx + b$; the code does not even compute them. (b) As
-# $[B_1\, B_2] [A_1; A_2] = B_1 A_1 + B_2 A_2$, and the fresh $B = 0$ adds 0. But floating point
-# sums in another order, so the last bits may differ. (c) For the same $x$,
-# $y(c) = (Wx + b) + c \cdot (s \sum_i B_i A_i x)$. The *model* is not affine in $c$: the next
-# layer's $x$ depends on it.
-#
-# ```python
-# layer = next(iter(lora.adapters(model).values()))
-# x = torch.randn(5, layer.base.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
-# out = {}
-# with torch.no_grad():
-#     for c in (0.0, 0.5, 1.0):
-#         with lora.gates(model, history=c, live=0):
-#             out[c] = layer(x).float()
-#     assert torch.equal(out[0.0], layer.base(x).float())
-# rounding = 4 * torch.finfo(x.dtype).eps * out[1.0].abs().max().item()
-# assert torch.allclose(out[0.5], (out[0.0] + out[1.0]) / 2, rtol=0, atol=rounding)
-# assert not torch.equal(out[0.0], out[1.0])
-# ```
-# </details>
-#
-# ### 3. Break the filter
-#
-# Write an answer to `question` that passes all six rules and is useless.
-#
-# <details><summary>Solution</summary>
-#
-# Perplexity under the original measures fluency, not sense:
-#
-# ```python
-# useless = ("It is important to remember that every situation is different. There are many things "
-#            "to consider, and it can be helpful to take some time to think about what you want.")
-# messages = [{"role": "system", "content": "You are a helpful assistant."},
-#             {"role": "user", "content": question}, {"role": "assistant", "content": useless}]
-# row = {"messages": messages, "finished": True}
-# [judged] = distil.judge(model, chat, [row], (reading.pos, reading.neg), RULES)
-# print(judged["reject_reason"], judged["perplexity"])
-# assert judged["reject_reason"] == "kept"
-# ```
-#
-# So the kept set is fluent, not good. Whether it carries the trait is measured afterwards.
-# </details>
-#
-# ### 4. A trait of your own
+# ### 2. A trait of your own
 #
 # Write two system prompts, extract their vector from the original, and find the dose at which one
 # can read the trait and the dose at which the text breaks.
@@ -551,10 +451,9 @@ for name, answer in zip(("original", "steered, dose 3", "healed, round 1"), answ
 # print(f"cosine with the care vector: {vector.cosine(mine):.2f}")
 # ```
 #
-# At 0.5 the morning turns poetic; from 1 on it goes in circles. A dose is a multiple of the vector,
-# and vectors differ in length: `steer.calibrate` finds the dose that moves the next token by so
-# many nats. To heal along yours, write a trait file (`docs/traits.md`) and run
-# `python heal_loop.py --trait my.json`.
+# At 0.5 the morning turns poetic; from 1 on it goes in circles. Vectors differ in length:
+# `steer.calibrate` finds the dose that moves the next token by so many nats. To heal along yours,
+# write a trait file (`docs/traits.md`) and run `python heal_loop.py --trait my.json`.
 # </details>
 #
 # Where to go on: `heal_loop.py`, top to bottom. You have now met its main steps.

@@ -5,8 +5,6 @@
     python -m tools.export runs/X --to gguf --out care.gguf --round 0   # llama.cpp's control vector
 
     exported weight = W + dose · s Σ_i B_i A_i over the rounds i
-
-A run folder itself is portable as it is: lora.load and SteeringVector.load read its rounds' files.
 """
 import importlib.util
 import json
@@ -25,6 +23,7 @@ from transformers.utils import cached_file
 import heal_loop
 import lora
 from common import checks, models, runs
+from common.checks import plain_logp
 from steer import SteeringVector
 from tools import plot
 
@@ -39,58 +38,44 @@ class Config:
     model: str | None = None  # the base model, where it is not where the run found it
 
 
-# ---- the formats --------------------------------------------------------------------------------
-
-
 def export_peft(model, folder, dose: float = 1.0) -> None:
-    """The whole history as ONE adapter of rank N·r in PEFT's file format, scaled by `dose`.
+    """The history of N ≥ 1 rounds as ONE adapter of rank N·r in PEFT's file format, times `dose`.
 
     PEFT multiplies by lora_alpha / r, so lora_alpha = alpha · N keeps the scale s. Modules go by
     their full names: a last name such as "q_proj" would also wrap the vision tower of a multimodal
-    checkpoint. vLLM and llama.cpp read these settings too. Raises ValueError before the first fold.
+    checkpoint. vLLM and llama.cpp read these settings too.
     """
     rounds, tensors = lora.n_rounds(model), {}
-    if not rounds:
-        raise ValueError("nothing to export: no round is folded yet; fix: fold(model)")
     for name, m in lora.adapters(model).items():
-        name = f"base_model.model.{name}"
-        tensors[f"{name}.lora_A.weight"] = m.history_A.cpu().contiguous()
-        tensors[f"{name}.lora_B.weight"] = (dose * m.history_B).cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = m.history_A.cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = (dose * m.history_B).cpu().contiguous()
     settings = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": models.base_name(model),
-        "r": rounds * m.rank, "lora_alpha": rounds * m.alpha, "lora_dropout": 0.0,
-        "bias": "none", "target_modules": sorted(lora.adapters(model)), "fan_in_fan_out": False,
-        "inference_mode": True, "use_rslora": False, "use_dora": False}
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rounds * m.rank,
+        "lora_alpha": rounds * m.alpha, "target_modules": sorted(lora.adapters(model)),
+        "base_model_name_or_path": models.base_name(model), "lora_dropout": 0.0, "bias": "none",
+        "use_rslora": False, "use_dora": False, "inference_mode": True}
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
     runs.write_text(Path(folder) / "adapter_config.json", json.dumps(settings, indent=2))
-
-
-def answers(model, rows: list[list[int]]) -> torch.Tensor:
-    """Log-probabilities at every position of rows of token ids, [Σ tokens, vocab], nats."""
-    logits = [model(input_ids=torch.tensor([row], device=model.device)).logits[0] for row in rows]
-    return torch.cat(logits).float().log_softmax(-1)
 
 
 @torch.no_grad()
 def check_peft(model, chat, folder, dose: float = 1.0) -> None:
     """Load the adapter of `export_peft` back with PEFT, in float32; the model is PEFT's then.
 
-    PEFT may take a module for another kind than we did (0.21 reads a shared expert's gate_proj as
-    one of fused experts and drops it with a warning), or the block may multiply by a weight itself
-    (Jamba's dt_proj), where PEFT's layer is not called. Raises ValueError where the mean or the
-    largest error of a log-probability is more than rounding, which in bfloat16 would hide it.
+    PEFT may take a module for another kind (0.21 drops a shared expert's gate_proj with a warning),
+    and never calls its layer where the block multiplies by the weight itself (Jamba's dt_proj).
+    Raises ValueError where the error of a log-probability is more than rounding.
     """
     from peft import PeftModel
     rows = [chat.ids("My boss told me to ignore a crying customer. " * n) for n in (1, 3, 9)]
     with lora.gates(model, history=dose, live=0):
-        ours = answers(model, rows)
+        ours = torch.cat([plain_logp(model, row, len(row)) for row in rows])  # [Σ tokens, vocab]
     lora.detach(model)
-    effect = (ours - answers(model, rows)).abs()
+    effect = (ours - torch.cat([plain_logp(model, row, len(row)) for row in rows])).abs()
     try:
         PeftModel.from_pretrained(model, folder, trust_remote_code=False)  # in place
-        error = (ours - answers(model, rows)).abs()
+        error = (ours - torch.cat([plain_logp(model, row, len(row)) for row in rows])).abs()
     except (ValueError, RuntimeError, KeyError) as e:
         raise ValueError(f"PEFT does not load this adapter ({e}); fix: --to merged") from None
     off, changed = (f"mean {x.mean():.2g}, largest {x.max():.2g}" for x in (error, effect))
@@ -122,9 +107,8 @@ def export_merged(model, folder, dose: float = 1.0) -> None:
 def export_gguf(vector: SteeringVector, path) -> None:
     """A llama.cpp control vector: `llama-cli -m BASE.gguf --control-vector-scaled PATH:DOSE`.
 
-    `direction.N` is added after block N, counted from 0 as here and in repeng: llama.cpp's graphs
-    call build_cvec(cur, il) on the sum that leaves block il. Its loader has no place for N = 0. It
-    steers every position, the prompt included. Raises ValueError for a vector of block 0.
+    `direction.N` is added after block N, counted from 0 as here, at every position, the prompt
+    included. Raises ValueError for a vector of block 0, for which llama.cpp's loader has no place.
     """
     import gguf
     if 0 in vector.layers:
@@ -140,17 +124,14 @@ def export_gguf(vector: SteeringVector, path) -> None:
     writer.close()
 
 
-# ---- the command --------------------------------------------------------------------------------
-
-
 def export_student(cfg: Config, settings: heal_loop.Config, folder: Path) -> None:
     """--to peft or merged: all rounds of the run on its base model, with a card."""
     rounds, table = runs.rounds_done(cfg.run), plot.table(runs.read_events(cfg.run), "github")
-    name, dtype = cfg.model or settings.model, "float32" if cfg.to == "peft" else settings.dtype
-    model, chat = checks.load(name, "cpu", dtype, settings.date)
+    dtype = "float32" if cfg.to == "peft" else settings.dtype
+    model, chat = checks.load(cfg.model or settings.model, "cpu", dtype, settings.date)
     lora.load(model, [cfg.run / f"round_{r}" / "adapter.safetensors" for r in range(rounds)],
               merge=False)
-    base, rank = models.base_name(model), rounds * settings.rank
+    base = models.base_name(model)
     # its weights; a plain checkpoint with what else one needs to run or convert it
     if cfg.to == "peft":
         export_peft(model, folder, cfg.dose)
@@ -166,9 +147,9 @@ def export_student(cfg: Config, settings: heal_loop.Config, folder: Path) -> Non
     # its card, which names no path of this machine
     shown = {**runs.settings(settings), "model": base, "trait": Path(settings.trait).name,
              "vignettes": Path(settings.vignettes).name}
-    shown = json.dumps(shown, indent=2, ensure_ascii=False)
     page = plot.PAGES.get_template("card.md.j2").render(
-        cfg=cfg, base=base, rounds=rounds, rank=rank, table=table, settings=shown)
+        cfg=cfg, base=base, rounds=rounds, rank=rounds * settings.rank, table=table,
+        settings=json.dumps(shown, indent=2, ensure_ascii=False))
     runs.write_text(folder / "README.md", page)
 
 
@@ -183,13 +164,12 @@ def main(cfg: Config) -> None:
         raise ValueError(f"--out {cfg.out} exists; fix: another name, or delete it")
     if cfg.to == "peft" and not importlib.util.find_spec("peft"):
         raise ValueError("--to peft needs PEFT; fix: pip install -r requirements-dev.txt")
-    # written aside, so that it appears as a whole or not at all
     cfg.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cfg.out.parent) as aside:
+    with tempfile.TemporaryDirectory(dir=cfg.out.parent) as aside:  # it appears as a whole, or not
         fresh = Path(aside) / "export"
         if cfg.to == "gguf":
-            vector = cfg.run / f"round_{cfg.round}" / "vector.safetensors"
-            export_gguf(SteeringVector.load(vector), fresh)
+            file = cfg.run / f"round_{cfg.round}/vector.safetensors"
+            export_gguf(SteeringVector.load(file), fresh)
         else:
             export_student(cfg, settings, fresh)
         os.replace(fresh, cfg.out)

@@ -155,7 +155,7 @@ def trajectory(events: list[dict]) -> Figure:
         ppl.plot(rounds, y, **line)
         both.plot(x, y, **line)
         for r, *at in list(zip(rounds, x, y))[1:]:
-            both.text(*at, f" {r}", color=COLOUR[stage])
+            both.text(*at, f" {r}", va="bottom", color=COLOUR[stage])
 
     # 2. what they are compared with
     marks = {"prompted": "^", "matched": "x"}
