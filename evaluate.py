@@ -71,18 +71,13 @@ class Profile:
     def coherence(self) -> float:
         return self.value("coherence")
 
-    @property
-    def top1(self) -> float:
-        """Share of vignettes whose most probable foundation is the labelled one."""
-        chosen = [FOUNDATIONS[k] for k in self.p.argmax(1)]
-        return float(np.mean([a == b for a, b in zip(chosen, self.labels)]))
-
     def summary(self) -> dict[str, float]:
         """Every metric of the profile, by name."""
         metrics = [*NATS, "coherence"]
         metrics += [] if self.probes is None else ["probe_nats"]
         metrics += [] if self.controls is None else ["control_nats"]
-        return {**{m: self.value(m) for m in metrics}, "top1": self.top1, **self.notes}
+        right = [FOUNDATIONS[k] for k in self.p.argmax(1)] == np.array(self.labels)
+        return {**{m: self.value(m) for m in metrics}, "top1": float(right.mean()), **self.notes}
 
     def to_dict(self) -> dict:
         """For a file; `Profile(**d)` reads it back."""

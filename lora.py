@@ -218,6 +218,16 @@ def fingerprint(model, names) -> str:
     return digest.hexdigest()
 
 
+def factor_shapes(model, names: list[str], rank: int) -> dict[str, tuple[int, int]]:
+    """{tensor name in a file: its shape} of the named linears."""
+    shapes = {}
+    for name in names:
+        linear = model.get_submodule(name)
+        d_out, d_in = getattr(linear, "base", linear).weight.shape
+        shapes |= {f"{name}.A": (rank, d_in), f"{name}.B": (d_out, rank)}
+    return shapes
+
+
 def save(model, path) -> None:
     """The newest folded round in one safetensors file. Raises ValueError before the first fold."""
     if not n_rounds(model):
@@ -246,13 +256,14 @@ def load(model, paths, merge: bool = True) -> None:
     rounds = []
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         metadata, tensors = read(path)
-        of_file = {key.rpartition(".")[0] for key in tensors}
-        names = names or [name for name, _ in model.named_modules() if name in of_file]
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        names = names or [name for name, _ in model.named_modules() if f"{name}.A" in shapes]
         settings = settings or metadata["settings"]
         faults = {"was trained on another base; fix: load it onto that one":
                   not names or metadata["fingerprint"] != fingerprint(model, names),
-                  "has another rank, alpha or other layers than the model; fix: detach(model)":
-                  of_file != set(names) or metadata["settings"] != settings,
+                  "has another rank, alpha, layers or shapes than the model; fix: detach(model), or "
+                  "a whole copy": metadata["settings"] != settings
+                  or shapes != factor_shapes(model, names, settings[0]),
                   f"is round {metadata['round']}, the model has {done + len(rounds)} before it; "
                   "fix: give all rounds, in order": metadata["round"] != done + len(rounds),
                   "is not finite; fix: a round from before training broke":

@@ -48,7 +48,8 @@ class Chat:
             for self.system_turn in (True, False):
                 with contextlib.suppress(Exception):  # templates refuse in words of their own
                     rendered = self.render(self.turns("user words", "system words"))
-                    if "user words" in rendered and "system words" in rendered:
+                    shown = "user words" in rendered and "system words" in rendered
+                    if shown and "'type'" not in rendered:  # else the parts are printed as Python
                         return
         raise ValueError("the chat template does not show the user's and the system's words; "
                          "fix: take the template that the model's authors publish")
@@ -135,13 +136,11 @@ class Chat:
         after = [self.render(conversation, open_answer=False).rpartition(MARK)[2]
                  for conversation in (turns, turns + turns[-2:-1])]
         added = self.tok.added_tokens_decoder  # also what only the template names, as Gemma's
-        ends = [t for t in self.encode(os.path.commonprefix(after)) if t in added]
-        if not ends:
-            ends = [t for t in self.encode(after[1]) if t in added and t != self.tok.bos_token_id]
-            ends = ends[:1]
-        if not ends and self.tok.eos_token_id is not None:
-            ends = [self.tok.eos_token_id]
-        return ends
+        for text, n in ((os.path.commonprefix(after), None), (after[0], 1), (after[1], 1)):
+            ends = [t for t in self.encode(text) if t in added and t != self.tok.bos_token_id][:n]
+            if ends:
+                return ends
+        return [] if self.tok.eos_token_id is None else [self.tok.eos_token_id]
 
 
 def stop_tokens(model, chat: Chat) -> list[int]:

@@ -235,7 +235,17 @@ def completion_states(model, prompts: list[list[int]], completions: list[list[in
     Raises ValueError for a row that exceeds the model's context.
     """
     longest = max(map(len, completions))
-    check_room(model, len(begun) + max(len(p) + len(c) for p, c in zip(prompts, completions)))
+    lengths = [len(p) + len(begun) + len(c) - 1 for p, c in zip(prompts, completions)]
+    check_room(model, max(lengths) + 1)
+    switch = rope_switch(model)
+    sides = [[i for i, n in enumerate(lengths) if (n > switch) == long] for long in (False, True)]
+    if switch and all(sides):  # long rope: rows of both sides are run apart, and put in order again
+        states = {}
+        for side in sides:
+            answers = [completions[i] for i in side]
+            h = completion_states(model, [prompts[i] for i in side], answers, vector, dose, begun)
+            states |= zip(side, h.split(list(map(len, answers))))
+        return torch.cat([states[i] for i in range(len(prompts))])
     # padded on the right, where a causal model never looks; position t predicts t + 1
     shifted = [c[:-1] + [0] * (longest - len(c)) for c in completions]
     if shares_prompts(model, prompts):
@@ -251,9 +261,7 @@ def completion_states(model, prompts: list[list[int]], completions: list[list[in
         # 1. prompt and completion of each row in one pass
         rows = [[*p, *begun, *c] for p, c in zip(prompts, shifted)]
         ids, mask, positions = left_pad(rows, model.device)
-        # no position beyond a row's own length, which its padding on the right would reach
-        ends = [[len(p) + len(begun) + len(c) - 1] for p, c in zip(prompts, completions)]
-        positions = positions.minimum(torch.tensor(ends, device=model.device))
+        positions = positions.clamp(max=max(lengths) - 1)  # the right padding makes no row longer
         inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
         steered = len(begun) + longest
 

@@ -46,7 +46,7 @@ def test_nats_is_the_log_of_the_mean_and_top1_the_share_right():
                 valid_p=[0.9, 0.7], labels=["Care", "Loyalty"])
     assert q.value("care_nats") == pytest.approx(np.log(0.3))
     assert q.trait == q.value("auth_nats") == pytest.approx(np.log(0.25))
-    assert q.coherence == pytest.approx(0.8) and q.top1 == 0.5
+    assert q.coherence == pytest.approx(0.8) and q.summary()["top1"] == 0.5
 
 
 def test_a_profile_survives_json():
