@@ -26,9 +26,8 @@ from steer import SteeringVector, band, calibrate, extract_vector
 def row_ids(chat: Chat, row: dict) -> tuple[list[int], list[int]]:
     """A data row -> (prompt ids, completion ids), apart: no token straddles the boundary.
 
-    The completion is what was sampled, token for token, its end of turn included where it came to
-    one. A row from another source has no `tokens`: its text is tokenised, and the end of turn follows
-    unless the row says `finished: false`.
+    The completion is what was sampled, its end of turn included where it came to one. A row from
+    another source has no `tokens`: its text is tokenised, with the end of turn if `finished`.
     """
     *system, user, assistant = (message["content"] for message in row["messages"])
     system = system[0] if system else NEUTRAL
@@ -45,7 +44,7 @@ def teacher_states(model, chat: Chat, rows: list[dict], vector: SteeringVector |
     """Final hidden states of the teacher on its own completions, [Σ tokens, d_model]."""
     asked = [chat.ids(row["messages"][-2]["content"], system) for row in rows]
     if vector and not all("dose" in row for row in rows):
-        raise ValueError("a kept row has no 'dose', which soft targets need; fix: --targets samples")
+        raise ValueError("a kept row has no 'dose' for soft targets; fix: --targets samples")
     doses = torch.tensor([row.get("dose", 0.0) for row in rows])
     with lora.gates(model, history=1, live=0):
         return completion_states(model, asked, [row_ids(chat, row)[1] for row in rows], vector,

@@ -259,11 +259,11 @@ def load(model, paths, merge: bool = True) -> None:
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         names = names or [name for name, _ in model.named_modules() if f"{name}.A" in shapes]
         settings = settings or metadata["settings"]
+        wanted = (settings, factor_shapes(model, names, settings[0]))
         faults = {"was trained on another base; fix: load it onto that one":
                   not names or metadata["fingerprint"] != fingerprint(model, names),
-                  "has another rank, alpha, layers or shapes than the model; fix: detach(model), or "
-                  "a whole copy": metadata["settings"] != settings
-                  or shapes != factor_shapes(model, names, settings[0]),
+                  "has another rank, alpha, layers or shapes; fix: detach(model), or a whole copy":
+                  (metadata["settings"], shapes) != wanted,
                   f"is round {metadata['round']}, the model has {done + len(rounds)} before it; "
                   "fix: give all rounds, in order": metadata["round"] != done + len(rounds),
                   "is not finite; fix: a round from before training broke":

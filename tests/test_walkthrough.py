@@ -54,7 +54,7 @@ def test_solutions_run_and_are_right(walked, exercise):
 
 
 def test_every_exercise_has_a_solution():
-    assert len(re.findall(r"^### \d", MARKDOWN, re.M)) == len(SOLUTIONS) > 3
+    assert len(re.findall(r"^### \d", MARKDOWN, re.M)) == len(SOLUTIONS) > 1
 
 
 def test_notebook_is_made_from_the_script_and_has_run():
