@@ -142,10 +142,7 @@ def teacher_of(cfg, reading: texts.Texts, vector: SteeringVector) -> dict:
 
 
 def make_data(cfg, model, chat, reading: texts.Texts, r: int, folder: Path) -> dict:
-    """Round r's vector and data, of the student as it stands, into the folder; -> their summary.
-
-    cfg: of heal_loop. A prompted teacher has no dose.
-    """
+    """Round r's vector and data, of the student as it stands, into the folder; -> their summary."""
     # 1. steer
     pos, neg = prompts.persona_prompts(chat, reading.pos, reading.neg, reading.contexts)
     vector = extract_vector(model, pos, neg, band(model, cfg.steer_layers),

@@ -67,10 +67,6 @@ class Profile:
         """Where the model stands on its axis, nats."""
         return self.value(self.axis)
 
-    @property
-    def coherence(self) -> float:
-        return self.value("coherence")
-
     def summary(self) -> dict[str, float]:
         """Every metric of the profile, by name."""
         metrics = [*NATS, "coherence"]
@@ -120,7 +116,8 @@ def measure(model, chat: Chat, reading: texts.Texts, name: str, readout: str = "
     """Evaluate the model as it stands and let it generate; prints a line; -> one event."""
     profile = evaluate(model, chat, reading, readout, constants, think_tokens, **kwargs)
     generated = generate(model, chat, reading.heldout, reading.plain, **kwargs)
-    print(f"  {name:<12} {profile.axis} {profile.trait:+.2f}  coherence {profile.coherence:.4f}  "
+    print(f"  {name:<12} {profile.axis} {profile.trait:+.2f}  "
+          f"coherence {profile.value('coherence'):.4f}  "
           f"perplexity {generated.perplexity:.1f}  drift {generated.drift:.2f}  "
           f"entropy {generated.entropy:.2f}", flush=True)
     return {**profile.summary(), **asdict(generated), "profile": profile.to_dict()}
@@ -154,10 +151,6 @@ class Estimate:
     low: float = math.nan
     high: float = math.nan
     why: str = ""
-
-    @property
-    def holds_zero(self) -> bool:
-        return self.value is None or self.low <= 0 <= self.high
 
 
 def paired(statistic, base: Profile, after: Profile, n: int = 2000) -> Estimate:
@@ -204,8 +197,9 @@ def coh_cost(base: Profile, after: Profile) -> Estimate:
     No value below the coherence floor, where a collapsed model would score a perfect 0, nor where
     the trait did not move.
     """
-    if after.coherence < COHERENCE_FLOOR:
-        return Estimate(None, why=f"coherence {after.coherence:.2f} below {COHERENCE_FLOOR}")
+    coherence = after.value("coherence")
+    if coherence < COHERENCE_FLOOR:
+        return Estimate(None, why=f"coherence {coherence:.2f} below {COHERENCE_FLOOR}")
     if abs(after.trait - base.trait) < MIN_SHIFT:
         return Estimate(None, why=f"trait moved less than {MIN_SHIFT} nats")
     return paired(lambda change: np.abs(change("coherence")) / np.abs(change(base.axis)),

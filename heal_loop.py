@@ -236,8 +236,8 @@ def loop(cfg: Config, run: runs.Run, model, chat, reading: texts.Texts) -> None:
 
     for r in range(run.rounds_done, cfg.rounds):
         if r and run.find("healed", r - 1)["coherence"] < evaluate.COHERENCE_FLOOR:
-            why = f"coherence fell below {evaluate.COHERENCE_FLOOR}"
-            run.find("ended", r - 1) or run.record("ended", r - 1, why=why)
+            run.find("ended", r - 1) or run.record(
+                "ended", r - 1, why=f"coherence fell below {evaluate.COHERENCE_FLOOR}")
             break
         # the folder is renamed to round_r, for good, once the block ends well
         with run.new_round(r) as folder, lora.gates(model, history=1, live=0):

@@ -122,9 +122,6 @@ def attach(model, rank: int = 16, alpha: float = 32.0, layers: tuple[float, floa
     the names of what multiplies there and cannot be wrapped: fused experts, 4-bit weights, GPT-2's
     Conv1D. Raises ValueError for bad values, an adapter already there, nothing to wrap.
     """
-    if not 0 <= layers[0] < layers[1] <= 1:
-        raise ValueError(f"layers {layers[0]} {layers[1]} must be fractions of the depth, "
-                         "0 <= from < to <= 1; fix: such as 0.2 0.8")
     if blocks is None:
         blocks = model.get_decoder().layers  # of a multimodal checkpoint, its text model's
 
@@ -139,7 +136,8 @@ def attach(model, rank: int = 16, alpha: float = 32.0, layers: tuple[float, floa
     others = [key for key in sizes if key.removesuffix(".weight") not in names]
     if not names:
         raise ValueError(f"no nn.Linear named {targets or 'anything'} in blocks {layers}, only "
-                         f"{', '.join(others) or 'nothing'}; fix: other targets or layers")
+                         f"{', '.join(others) or 'nothing'}; fix: other targets, or layers as "
+                         "fractions of the depth, 0 <= from < to <= 1")
     if others and not targets:
         share = 1 - sum(sizes[key] for key in others) / sum(sizes.values())
         warnings.warn(f"LoRA reaches {share:.0%} of the weights in its blocks; not nn.Linear, "

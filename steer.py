@@ -178,9 +178,8 @@ def calibrate(model, vector: SteeringVector, prompts: list[list[int]], nats: flo
     answers are the unsteered model's, greedy. Raises ValueError where no dose up to 1024 does it.
     """
     check_room(model, max(map(len, prompts)), tokens)
-    lengths = [len(prompt) + tokens for prompt in prompts]
-    largest = max(batches(model, range(len(prompts)), lengths, len(prompts)), key=len)  # long rope
-    ids, mask, _ = left_pad([prompts[i] for i in largest], model.device)
+    parts = batches(model, range(len(prompts)), [len(p) + tokens for p in prompts], len(prompts))
+    ids, mask, _ = left_pad([prompts[i] for i in max(parts, key=len)], model.device)  # long rope
 
     def next_logits(n):  # of the last n positions, [prompts, n, vocab]
         positions = (mask.cumsum(1) - 1).clamp(min=0)

@@ -379,7 +379,7 @@ stages = {"original": base,
 for name, after in stages.items():
     d = evaluate.delta("auth_nats", base, after)
     print(f"{name:<16} auth {after.trait:+.2f}  Δ {d.value:+.2f} [{d.low:+.2f}, {d.high:+.2f}]  "
-          f"coherence {after.coherence:.4f}")
+          f"coherence {after.value('coherence'):.4f}")
 
 with lora.gates(model, history=0, live=0):
     answers = sample(model, chat, [prompt] * 2, vector, [0, 3], N_TOKENS, temperature=0)

@@ -94,12 +94,13 @@ def table_rows(events: list[dict]) -> list[list[str]]:
              "coherence (Δ)", "coh_cost", *cells({})]]
     for p in points:
         if p.stage == "base":
-            moved = [f"base {base.trait:+.1f}", "", "", f"{base.coherence:.4f}", ""]
+            moved = [f"base {base.trait:+.1f}", "", "", f"{base.value('coherence'):.4f}", ""]
         else:
             other, cost = largest_mover(base, p.profile), coh_cost(base, p.profile)
+            lost = show(delta("coherence", base, p.profile), 4)
             moved = [show(delta(base.axis, base, p.profile), 1), by_wording(base, p.profile),
                      f"{NAMES[other]} {p.profile.value(other) - base.value(other):+z.1f}",
-                     f"{p.profile.coherence:.4f} ({show(delta('coherence', base, p.profile), 4)})",
+                     f"{p.profile.value('coherence'):.4f} ({lost})",
                      "n/a" if cost.value is None else show(cost, 4).replace("+", "")]
         rows.append([p.name, *moved, *cells(p.event).values()])
     return rows
