@@ -235,7 +235,7 @@ def loop(cfg: Config, run: runs.Run, model, chat, reading: texts.Texts) -> None:
             run.record("prompted", -1, **measure("prompted", system=reading.pos))
 
     for r in range(run.rounds_done, cfg.rounds):
-        if r and run.find("healed", r - 1)["coherence"] < evaluate.COHERENCE_FLOOR:
+        if r and (run.find("healed", r - 1)["coherence"] or 0) < evaluate.COHERENCE_FLOOR:
             run.find("ended", r - 1) or run.record(
                 "ended", r - 1, why=f"coherence fell below {evaluate.COHERENCE_FLOOR}")
             break

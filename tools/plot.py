@@ -117,8 +117,9 @@ def findings(events: list[dict]) -> str:
     points = measured(events)
     base, trait = points[0].profile, NAMES[points[0].profile.axis]
     last = [p for p in points if p.stage in ("base", "healed")][-1]
+    ended = [f"the loop ended early: {e['why']}" for e in events if e["stage"] == "ended"]
     if last.stage == "base":
-        return "no round was healed"
+        return "\n".join(["no round was healed", *ended])
     lines = [f"surgicality of {last.name}, |Δ{trait}| minus the largest other |Δ|: "
              f"{show(surgicality(base, last.profile), 1)} nats"]
     if base.controls is not None and last.profile.controls is not None:
@@ -130,8 +131,7 @@ def findings(events: list[dict]) -> str:
         lines.append(f"{last.name} minus {alone.name}, the dose nearest to its trait: {trait} "
                      f"{show(delta(base.axis, alone.profile, last.profile), 1)} nats, "
                      f"coherence {show(delta('coherence', alone.profile, last.profile), 4)}")
-    lines += [f"the loop ended early: {e['why']}" for e in events if e["stage"] == "ended"]
-    return "\n".join(lines)
+    return "\n".join(lines + ended)
 
 
 SMALL = {"font.size": 7, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False,
