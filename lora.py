@@ -136,8 +136,7 @@ def attach(model, rank: int = 16, alpha: float = 32.0, layers: tuple[float, floa
     others = [key for key in sizes if key.removesuffix(".weight") not in names]
     if not names:
         raise ValueError(f"no nn.Linear named {targets or 'anything'} in blocks {layers}, only "
-                         f"{', '.join(others) or 'nothing'}; fix: other targets, or layers as "
-                         "fractions of the depth, 0 <= from < to <= 1")
+                         f"{', '.join(others) or 'nothing'}; fix: 0 <= from < to <= 1, or targets")
     if others and not targets:
         share = 1 - sum(sizes[key] for key in others) / sum(sizes.values())
         warnings.warn(f"LoRA reaches {share:.0%} of the weights in its blocks; not nn.Linear, "
@@ -147,9 +146,10 @@ def attach(model, rank: int = 16, alpha: float = 32.0, layers: tuple[float, floa
 
 def wrap(model, names: list[str], rank: int, alpha: float, merge: bool = True) -> None:
     """Freeze the model and put a `BakedLoRA` around the linears of these full names."""
-    if rank < 1 or alpha <= 0 or is_attached(model):
-        raise ValueError(f"rank {rank} and alpha {alpha} must be positive, and the model without "
-                         "LoRA; fix: such as 16 and 32, and detach(model) first")
+    if rank < 1 or alpha <= 0:
+        raise ValueError(f"rank {rank} and alpha {alpha} must be positive; fix: such as 16 and 32")
+    if is_attached(model):
+        raise ValueError("this model has LoRA attached already; fix: detach(model) first")
     model.requires_grad_(False)
     for name in names:
         model.set_submodule(name, BakedLoRA(model.get_submodule(name), rank, alpha, merge))

@@ -182,7 +182,7 @@ def test_a_file_holds_the_newest_round_alone_and_order_counts(tmp_path):
 
 
 @pytest.mark.parametrize("spoil, message", [
-    ("base", "another base"), ("rank", "another rank, alpha or other layers"),
+    ("base", "another base"), ("rank", "another rank, alpha, layers"),
     ("layers", "another base|other layers"), ("nan", "not finite"),
     ("cut", "damaged"), ("foreign", "not written by lora.save")])
 @pytest.mark.parametrize("place", ["alone", "after a good one"])
@@ -221,7 +221,7 @@ def test_a_refused_file_leaves_the_model_as_it_was(spoil, message, place, tmp_pa
 
 
 @pytest.mark.parametrize("how, message", [
-    (dict(rank=0), "positive"), (dict(alpha=0), "positive"), (dict(layers=(0.8, 0.2)), "fractions"),
+    (dict(rank=0), "positive"), (dict(alpha=0), "positive"), (dict(layers=(0.8, 0.2)), "0 <= from < to <= 1"),
     (dict(targets=("nope",)), "no nn.Linear")])
 def test_attach_names_what_is_wrong_and_changes_nothing(how, message):
     model = tiny("llama")
