@@ -115,7 +115,7 @@ def measure(model, chat: Chat, reading: texts.Texts, name: str, readout: str = "
             constants=None, think_tokens: int = 64, **kwargs) -> dict:
     """Evaluate the model as it stands and let it generate; prints a line; -> one event."""
     profile = evaluate(model, chat, reading, readout, constants, think_tokens, **kwargs)
-    generated = generate(model, chat, reading.heldout, reading.plain, **kwargs)
+    generated = generate(model, chat, reading.heldout[:12], reading.plain, **kwargs)
     print(f"  {name:<12} {profile.axis} {profile.trait:+.2f}  "
           f"coherence {profile.value('coherence'):.4f}  "
           f"perplexity {generated.perplexity:.1f}  drift {generated.drift:.2f}  "

@@ -23,7 +23,8 @@ from einops import rearrange
 from tqdm import tqdm
 
 from common.prompts import NEUTRAL, Chat
-from common.sampling import completion_states, halving, logits, rows_at_once, score
+from common.sampling import (completion_states, halving, logits, rows_at_once, score,
+                             score_answers)
 from common.texts import FOUNDATIONS, load_clauses, tinymfv_package
 from steer import SteeringVector, batches
 
@@ -73,11 +74,8 @@ def cloze(model, chat: Chat, vignettes: list[dict], constants=None, system: str 
     because = chat.suffix_ids(texts[0], BECAUSE)  # all prompts end in the same assistant tag
     wordings = [chat.suffix_ids(texts[0] + BECAUSE, words) for f in FOUNDATIONS
                 for words in clauses[f]]
-    scored = score(model, [prompt for prompt in prompts for _ in wordings],
-                   wordings * len(prompts), vector, dose, begun=because,
-                   batch_size=len(wordings) * max(1, 2 * rows_at_once(model) // len(wordings)))
-    raw = [logp.double().sum().item() for logp in scored]
-    raw = rearrange(np.array(raw), "(v f w) -> v f w", v=len(prompts), f=len(FOUNDATIONS))
+    raw = score_answers(model, prompts, wordings, vector, dose, begun=because).numpy()
+    raw = rearrange(raw, "v (f w) -> v f w", f=len(FOUNDATIONS))  # nats
 
     # 2. calibrated; all wordings together, and each foundation by one wording alone
     constants = raw.mean(0) if constants is None else constants

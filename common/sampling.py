@@ -158,15 +158,23 @@ def new_cache(model) -> Cache:
     return Cache(layers=[DynamicLayer() if type(own) in PLAIN else own for own in layers])
 
 
+def is_plain(model) -> bool:
+    """Whether a token's past is the tokens it sees at their positions, wherever they stand.
+
+    Rotary positions under full attention. A window would count what stands between, and a recurrent
+    state would absorb it.
+    """
+    layers = DynamicCache(config=model.config).layers
+    return (all(type(layer) is DynamicLayer for layer in layers) and not rope_switch(model)
+            and hasattr(model.get_decoder(), "rotary_emb"))
+
+
 def common_beginning(model, prompts: list[tuple[int, ...]]) -> tuple[int, ...]:
     """The tokens that all prompts begin with, where it is exact to run them once; else none.
 
-    The padding of the shorter prompts follows them. Rotary positions are not affected, but a window
-    counts it, and a recurrent state absorbs it.
+    Between them and a shorter prompt's rest stands its padding.
     """
-    layers = DynamicCache(config=model.config).layers
-    is_plain = all(type(layer) is DynamicLayer for layer in layers) and not rope_switch(model)
-    if len(prompts) < 2 or not is_plain or not hasattr(model.get_decoder(), "rotary_emb"):
+    if len(prompts) < 2 or not is_plain(model):
         return ()
     return os.path.commonprefix([prompt[:-1] for prompt in prompts])
 
@@ -318,6 +326,59 @@ def score(model, prompts: list[list[int]], completions: list[list[int]],
 
     parts = batches(model, order, lengths, batch_size)
     for rows in tqdm(parts, "score", leave=False, disable=None, delay=5):
+        halving(score_rows, rows)
+    return out
+
+
+@torch.no_grad()
+def score_answers(model, prompts: list[list[int]], answers: list[list[int]],
+                  vector: SteeringVector | None = None, dose: float = 0.0,
+                  begun: list[int] = ()) -> torch.Tensor:
+    """Log-probability of each of the same answers after each prompt: [prompts, answers], nats.
+
+    The answers stand side by side in one row a prompt, and each sees the prompt and itself: a tree
+    in place of a row an answer. Where the model's past is not plain, a row an answer all the same.
+    """
+    if not is_plain(model):
+        repeated = [prompt for prompt in prompts for _ in answers]
+        scored = score(model, repeated, answers * len(prompts), vector, dose, begun=begun)
+        return torch.stack([logp.double().sum() for logp in scored]).view(len(prompts), -1)
+
+    # 1. one token that all answers begin from, then every answer without its last token
+    owner = [0] + [k for k, answer in enumerate(answers, 1) for _ in answer[:-1]]
+    owner = torch.tensor(owner, device=model.device)  # [n], whose token it is; 0 is everybody's
+    offset = [0] + [t for answer in answers for t in range(1, len(answer))]
+    offset = torch.tensor(offset, device=model.device)  # [n], from that token
+    tokens = torch.tensor([t for answer in answers for t in answer[:-1]], dtype=torch.long,
+                          device=model.device)
+    sees = (owner == 0) | (owner[:, None] == owner) & (offset <= offset[:, None])  # [query, key]
+
+    # 2. which position predicts each token of each answer
+    targets = torch.tensor([t for answer in answers for t in answer], device=model.device)
+    predicts = torch.cat([torch.cat([owner.new_zeros(1), (owner == k).nonzero()[:, 0]])
+                          for k in range(1, len(answers) + 1)])
+    out = torch.zeros(len(prompts), len(answers), dtype=torch.float64)
+
+    def score_rows(rows):
+        cache, last, mask, position = prefill(model, [prompts[i] for i in rows], begun, vector,
+                                              dose)
+        ids = torch.cat([last[:, None], tokens.expand(len(rows), -1)], 1)
+        past = mask[:, None, :-1].bool().expand(-1, len(owner), -1)
+        visible = torch.cat([past, sees.expand(len(rows), -1, -1)], 2)[:, None]
+        hidden = torch.zeros(visible.shape, dtype=model.dtype, device=model.device)
+        hidden = hidden.masked_fill(~visible, torch.finfo(model.dtype).min)  # added to the scores
+        with steering(model, vector, dose, len(owner)):
+            states = model.get_decoder()(
+                input_ids=ids, attention_mask=hidden, position_ids=position[:, None] + offset,
+                past_key_values=cache, use_cache=True).last_hidden_state  # [rows, n, d_model]
+        for i, h in zip(rows, states):
+            logp = logits(model, h).float().log_softmax(-1)[predicts, targets].double()
+            out[i] = torch.stack([part.sum() for part in logp.split(list(map(len, answers)))])
+
+    lengths = [len(prompt) + len(begun) + len(owner) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: lengths[i])
+    parts = batches(model, order, lengths, rows_at_once(model) // 3)
+    for rows in tqdm(parts, "ask", leave=False, disable=None):
         halving(score_rows, rows)
     return out
 
