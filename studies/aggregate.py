@@ -57,7 +57,6 @@ def aggregates(model, prompts, completions) -> dict[str, torch.Tensor]:
 
 
 def main(cfg: Config) -> None:
-    # 1. measure
     names = ["/".join(folder.resolve().parts[-2:]) for folder in cfg.run]  # as in eight/nll_s0
     rows = []
     for name, folder in zip(names, tqdm(cfg.run, "runs", leave=False, disable=None)):
@@ -72,8 +71,6 @@ def main(cfg: Config) -> None:
         taus = [f"{cfg.tau * (D[agg] / D[cfg.agg]).median():.2f}" for agg in AGGS]
         rows.append([name, len(pairs), f"{D['mean'].mean():.2f}", *over_mean,
                      f"{D['top 5%'].median():.0%}", *taus])
-
-    # 2. write
     publish(f"""# What each aggregation sees
 
 `python -m studies.aggregate {" ".join(f"runs/{name}" for name in names)} --at {cfg.at} \

@@ -38,8 +38,7 @@ class Projection(SteeringVector):
     def step(self, h, v, doses):
         """Minus what h [batch, n, d_model] has along v; dose 1 takes all of it out."""
         u = v / v.norm()
-        along = h.float() @ u  # [batch, n]
-        return -doses * along[..., None] * u
+        return -doses * (h.float() @ u)[..., None] * u
 
 
 def shift(model, prompts: list[list[int]], layers: list[int]) -> SteeringVector:
@@ -59,21 +58,19 @@ def trait_changes(model, chat, cfg: heal_loop.Config) -> dict[str, float]:
     [(layer, v)] = s.layers.items()
     noise = torch.randn(len(v), generator=torch.Generator().manual_seed(cfg.seed))
     noise = SteeringVector({layer: noise * v.norm() / noise.norm()})
-
     # the history's gate (0: original, 1: student), and what is done to the residual stream
     cases = {"student": (1, None), "original + s": (0, s), "original + random": (0, noise),
              "student without s": (1, Projection(s.layers)),
              "student without random": (1, Projection(noise.layers)),
              "original without s": (0, Projection(s.layers))}
     sign = -1 if reading.direction == "down" else 1
-    kwargs = {"think_tokens": cfg.think_tokens} if cfg.readout == "tinymfv" else {}
     with lora.gates(model, history=0, live=0):
-        base = evaluate(model, chat, reading, cfg.readout, **kwargs)
+        base = evaluate(model, chat, reading, cfg.readout, think_tokens=cfg.think_tokens)
     changes = {}
     for name, (gate, vector) in cases.items():
         with lora.gates(model, history=gate, live=0):
-            after = evaluate(model, chat, reading, cfg.readout, base.constants, vector=vector,
-                             dose=1.0, **kwargs)
+            after = evaluate(model, chat, reading, cfg.readout, base.constants, cfg.think_tokens,
+                             vector=vector, dose=1.0)
         changes[name] = sign * (after.trait - base.trait)
     return changes
 
@@ -85,12 +82,11 @@ def shares(changes: dict[str, float]) -> dict[str, float | None]:
             "sufficient, random direction": changes["original + random"],
             "necessary": student - changes["student without s"],
             "necessary, random direction": student - changes["student without random"]}
-    changed = abs(student) >= MIN_SHIFT
-    return {name: value / student if changed else None for name, value in kept.items()}
+    return {name: value / student if abs(student) >= MIN_SHIFT else None
+            for name, value in kept.items()}
 
 
 def main(cfg: Config) -> None:
-    # 1. measure
     first = runs.read_config(heal_loop.Config, cfg.run[0])
     for folder in cfg.run:  # a mean over different arms would mean nothing
         runs.refuse_other_settings(first, folder, free=("seed",), fix="runs of one arm")
@@ -103,8 +99,6 @@ def main(cfg: Config) -> None:
             raise ValueError(f"{folder} has no finished round; fix: give a run that has one")
         lora.load(model, [folder / f"round_{r}/adapter.safetensors" for r in rounds])
         by_run.append(trait_changes(model, chat, settings))
-
-    # 2. write: each run, the mean over runs, and the shares
     rows = [[folder.name, *(f"{x:.2f}" for x in changes.values())]
             for folder, changes in zip(cfg.run, by_run)]
     rows.append(["all", *(over_seeds([c[name] for c in by_run], 2) for name in by_run[0])])

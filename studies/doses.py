@@ -49,38 +49,30 @@ def p95_at(model, chat, vector: SteeringVector, prompts: list[list[int]],
     return p95
 
 
-def trait_rows(model, chat, reading: texts.Texts, wanted: tuple[float, ...]) -> list[list[str]]:
-    """A row for each of the wanted nats: dose, p95 on its prompts and on others, at dose 1."""
-    pair = persona_prompts(chat, reading.pos, reading.neg, reading.contexts)
-    vector = extract_vector(model, *pair, band(model, (0.45, 0.55)))
-    prompts = list(map(chat.ids, reading.train[:32]))
-    seen, unseen = prompts[:16], prompts[16:]
-    doses = [calibrate(model, vector, seen, nats) for nats in wanted]
-    *there, at_one = p95_at(model, chat, vector, seen, [*doses, 1.0])
-    elsewhere = p95_at(model, chat, vector, unseen, doses)
-    return [[f"{nats:g}", f"{dose:.2f}", f"{a:.2f}", f"{b:.2f}", f"{at_one:.2f}"]
-            for nats, dose, a, b in zip(wanted, doses, there, elsewhere)]
-
-
 def main(cfg: Config) -> None:
-    # 1. measure
     rows, where = [], []
     for name in (models.EMBEDDED, str(gemma.folder())):
         model, chat = checks.load(name, cfg.device, cfg.dtype)
         where.append(ran_on(model))
         for trait in tqdm(texts.load_traits(), leave=False, disable=None):
             reading = texts.read(heal_loop.Config(trait=trait, n_contexts=cfg.n_contexts))
-            rows += [[models.base_name(model), trait, *row]
-                     for row in trait_rows(model, chat, reading, cfg.dose_nats)]
-
-    # 2. write
-    table = markdown(rows, ["model", "trait", "nats wanted", "dose", "p95 there",
-                            "p95, other prompts", "p95 at dose 1"])
+            pair = persona_prompts(chat, reading.pos, reading.neg, reading.contexts)
+            vector = extract_vector(model, *pair, band(model, (0.45, 0.55)))
+            prompts = list(map(chat.ids, reading.train[:32]))
+            seen, unseen = prompts[:16], prompts[16:]
+            doses = [calibrate(model, vector, seen, nats) for nats in cfg.dose_nats]
+            *there, at_one = p95_at(model, chat, vector, seen, [*doses, 1.0])
+            elsewhere = p95_at(model, chat, vector, unseen, doses)
+            rows += [[models.base_name(model), trait, f"{nats:g}",
+                      *(f"{x:.2f}" for x in (*values, at_one))]
+                     for nats, *values in zip(cfg.dose_nats, doses, there, elsewhere)]
+    head = ["model", "trait", "nats wanted", "dose", "p95 there", "p95, other prompts",
+            "p95 at dose 1"]
     publish(f"""# Doses in nats
 
 `python -m studies.doses` · {"; ".join(where)} · {cfg.n_contexts} contexts per vector
 
-{table}
+{markdown(rows, head)}
 """, cfg.out / "doses.md")
 
 

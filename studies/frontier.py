@@ -209,7 +209,6 @@ n/a: never reached, or without meaning."""
 
 def page(records: list[Record], picture: str = "arms.png") -> str:
     """arms.md, the same in whatever order the records come. Raises ValueError for two axes."""
-    # 1. what all have in common
     records = sorted(records, key=lambda run: run.name)
     bases = [e for run in records for e in run.of("base")]
     axes = sorted({base["axis"] for base in bases})
@@ -219,7 +218,6 @@ def page(records: list[Record], picture: str = "arms.png") -> str:
     metrics, model = metrics_of(records), records[0].config["model"]
     commands = dict.fromkeys(f"`python -m tools.sweep {run.config['command']}`" for run in records)
 
-    # 2. section by section
     parts = ["# Arms", f"{'; '.join(commands)} · {model} · {bases[0]['n']} vignettes",
              f"![each metric over Δtrait]({picture})", LEGEND.format(**bases[0]),
              "## At matched Δtrait", *(matched_table(records, at, metrics) for at in LEVELS),

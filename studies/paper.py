@@ -43,9 +43,9 @@ class Sweeps:
         """{seed: a metric after round r, or where the arm first moved `level` nats}."""
         values = {}
         for run in self.arms[arm]:
-            of_round = [e[metric] for e in run.of(stage) if e["round"] == r]
-            value = of_round[0] if of_round else None
-            if level is not None:
+            if level is None:
+                value = next((e[metric] for e in run.of(stage) if e["round"] == r), None)
+            else:
                 value = frontier.at_trait(frontier.path(run, metric, stage), level)
             values[run.config["seed"]] = value
         return values

@@ -23,9 +23,6 @@ def rows(n=4):
     return [tokens(5 + 3 * i) for i in range(n)], [tokens(9 - 2 * i) for i in range(n)]
 
 
-# ---- sampling -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_generate_and_sample_draw_the_same_greedy_tokens(name):
     model, (prompts, _), doses = tiny(name), rows(), [0.0, 1.0, -2.0, 4.0]
@@ -46,9 +43,6 @@ def test_endless_rows_all_run_to_the_last_token():
         new = sample(model, Chat(Ids), prompts * 8, **settings)
     assert {len(tokens) for tokens in new} == {40}
     assert len({len(tokens) for tokens in sample(model, Chat(Ids), prompts * 8, **settings)}) > 1
-
-
-# ---- healing ------------------------------------------------------------------------------------
 
 
 def healing(seed=1):
@@ -90,9 +84,10 @@ def test_whole_logits_give_a_heal_steps_losses_and_gradients(reg, agg):
 
 def test_peft_adapts_the_same_linears_with_the_same_scale(ids):
     cfg, model = heal_loop.Config(rank=4, alpha=8), tiny("llama")
-    ours, rival = bench.twin(model), bench.peft_model(bench.twin(model), cfg)
+    ours = bench.twin(model)
     lora.attach(ours, cfg.rank, cfg.alpha, cfg.lora_layers)
     adapters = lora.adapters(ours)
+    rival = bench.peft_model(bench.twin(model), list(adapters), cfg)
     theirs = {name.removeprefix("base_model.model.") for name, m in rival.named_modules()
               if hasattr(m, "lora_A")}
     assert theirs == set(adapters)
@@ -105,9 +100,6 @@ def test_peft_adapts_the_same_linears_with_the_same_scale(ids):
     assert not torch.allclose(model(input_ids=ids).logits, ours(input_ids=ids).logits)
 
 
-# ---- evaluation ---------------------------------------------------------------------------------
-
-
 def test_one_forward_per_clause_gives_the_cloze_scores(tiny_folder):
     loaded = checks.load(str(tiny_folder), dtype="float32")
     vignettes = texts.load_vignettes(texts.DATA / "vignettes.json", 2)
@@ -118,17 +110,6 @@ def test_one_forward_per_clause_gives_the_cloze_scores(tiny_folder):
     torch.testing.assert_close(p, torch.as_tensor(answers.p), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(scores[:, -1].exp(), torch.as_tensor(answers.valid_p), rtol=1e-4,
                                atol=1e-9)
-
-
-# ---- clocks, counts and floors ------------------------------------------------------------------
-
-
-def test_operations_count_what_no_other_operation_called():
-    x = torch.ones(3, requires_grad=True)
-    assert bench.operations(lambda: x.detach() + 1)[0] == 2
-    linear = torch.nn.functional.linear  # calls operations of its own
-    assert bench.operations(lambda: linear(x.detach(), torch.ones(2, 3)))[0] == 3
-    assert bench.operations_per_step(lambda n: [x.detach() for _ in range(n)], 2, 4) == "1"
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -149,4 +130,4 @@ def test_the_table_has_a_row_for_every_step(tiny_folder, monkeypatch, capsys):
     assert [row[0].split(",")[0].split(":")[0] for row in cells] == [
         "decode 1 × 8 tokens", "decode 3 × 8 tokens", "heal", "evaluation", "a round"]
     assert all(float(row[1]) >= 0 for row in cells)
-    assert [bool(row[6] and row[7]) for row in cells] == [True, False, True, False, False]
+    assert [bool(row[4] and row[5]) for row in cells] == [True, True, False, False, False]

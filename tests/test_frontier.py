@@ -54,9 +54,6 @@ def cells(page, first):
     return [[c.strip() for c in row[1:]] for row in rows if row[0].strip() == first]
 
 
-# ---- one run ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("direction", ["down", "up"])
 def test_a_level_is_read_off_the_line_through_its_first_crossing(tmp_path, direction):
     path = [(0.8, 0.02), (2.8, 0.06), (1.5, 0.5), (3.2, 0.9)]
@@ -84,9 +81,6 @@ def test_the_spread_is_the_least_and_greatest_change_of_a_wording(tmp_path):
     assert (healed["least wording"], healed["greatest wording"]) == pytest.approx((-0.2, 2.0))
 
 
-# ---- over seeds ---------------------------------------------------------------------------------
-
-
 def test_the_interval_is_the_t_interval_and_never_from_two():
     values = [0.1, 0.4, 0.25]
     low, high = scipy.stats.t.interval(0.95, 2, 0.25, scipy.stats.sem(values))
@@ -104,9 +98,6 @@ def test_arms_stand_in_the_order_of_names_and_numbers(tmp_path):
     assert list(by_arm) == ["kl_rev", "kl_rev_tau1e-05", "kl_rev_tau0.05", "kl_rev_tau0.8",
                             "kl_rev_tau10", "nll"]
     assert [run.config["seed"] for run in by_arm["nll"]] == [0, 1]
-
-
-# ---- the page of a sweep ------------------------------------------------------------------------
 
 
 def test_the_page_has_each_arm_at_matched_trait_and_by_round(tmp_path):
@@ -145,18 +136,12 @@ def test_a_metric_that_some_record_lacks_is_left_out(tmp_path):
     assert not {"drift", "entropy", "least wording"} & set(metrics)
 
 
-# ---- records ------------------------------------------------------------------------------------
-
-
 def test_what_is_no_record_is_one_line(tmp_path):
     with pytest.raises(ValueError, match="holds no records; fix: "):
         sweep.load(tmp_path)
     (tmp_path / "events.jsonl").write_text('{"stage": "base", "round": -1}\n')
     with pytest.raises(ValueError, match="holds no records; fix: "):
         sweep.load(tmp_path)
-
-
-# ---- the page of the paper ----------------------------------------------------------------------
 
 
 @pytest.fixture

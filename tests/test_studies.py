@@ -22,9 +22,6 @@ def table_rows(text: str) -> dict[str, list[str]]:
     return {first: rest for first, *rest in cells}
 
 
-# ---- readout ------------------------------------------------------------------------------------
-
-
 def test_the_five_wordings_hold_each_of_the_five_alone():
     five, *alone = readout.wordings().values()
     assert all(set(clauses) == set(FOUNDATIONS) for clauses in (five, *alone))
@@ -40,9 +37,6 @@ def test_the_readout_study_writes_its_page(run, tiny_folder, tmp_path, monkeypat
     assert text.strip() == capsys.readouterr().out.strip() and str(tmp_path) not in text
     assert {"five wordings", "wording 5", "student"} <= rows.keys()
     assert rows["dose 0"] == ["+0.00 [+0.00, +0.00]"] + 5 * ["+0.00"] + ["0.00"]
-
-
-# ---- filter -------------------------------------------------------------------------------------
 
 
 def test_kappa_is_one_for_equal_labels_and_nought_for_chance():
@@ -73,9 +67,6 @@ def test_the_filter_study_writes_its_page(tiny_folder, tmp_path, monkeypatch):
     command(monkeypatch, "filter", "--model", tiny_folder, "--out", tmp_path)
     rows = table_rows((tmp_path / "filter.md").read_text())
     assert len(rows["perplexity, whole"]) == 6 and "/" in rows["fresh, reader 2"][0]
-
-
-# ---- doses, cause, aggregate --------------------------------------------------------------------
 
 
 def test_a_calibrated_dose_reaches_its_nats_through_the_cache(embedded):
@@ -145,9 +136,6 @@ def test_aggregate_writes_a_row_for_each_run(run, tmp_path, monkeypatch):
     n, _, rmse, p95, most, top, *_ = one.replace("%", "").split("|")
     assert one == two and int(n) == 6 and str(tmp_path) not in text
     assert 1 < float(rmse) < float(most) and float(p95) < float(most) and 0 < float(top) < 100
-
-
-# ---- judge, paper -------------------------------------------------------------------------------
 
 
 @torch.no_grad()

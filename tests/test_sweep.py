@@ -22,9 +22,6 @@ def config(tmp_path, **changes):
                                 records=tmp_path / "records"), **changes)
 
 
-# ---- the arms -----------------------------------------------------------------------------------
-
-
 def test_every_combination_that_makes_sense_is_an_arm_once(tmp_path):
     arms = sweep.arms(config(tmp_path, reg=("nll", "kl_fwd", "kl_rev", "wd", "nll"),
                              agg=("mean", "rmse"), seeds=(0, 1, 2)))
@@ -94,9 +91,6 @@ def test_arms_share_round_0_unless_they_differ_before_healing(tmp_path):
         groups.setdefault(sweep.upstream(run), []).append(key)
     assert len(groups) == 16
     assert all(len(set(keys)) == 1 and len(keys) == 8 for keys in groups.values())
-
-
-# ---- the runs -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
