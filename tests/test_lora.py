@@ -221,7 +221,8 @@ def test_a_refused_file_leaves_the_model_as_it_was(spoil, message, place, tmp_pa
 
 
 @pytest.mark.parametrize("how, message", [
-    (dict(rank=0), "positive"), (dict(alpha=0), "positive"), (dict(layers=(0.8, 0.2)), "0 <= from < to <= 1"),
+    (dict(rank=0), "positive"), (dict(alpha=0), "positive"),
+    (dict(layers=(0.8, 0.2)), "0 <= from < to <= 1"),
     (dict(targets=("nope",)), "no nn.Linear")])
 def test_attach_names_what_is_wrong_and_changes_nothing(how, message):
     model = tiny("llama")

@@ -17,6 +17,7 @@ from common.sampling import (completion_states, next_token, perplexity, repetiti
                              stream, worst_perplexity)
 from conftest import ARCHITECTURES, SMALL, Ids, tiny
 from heal_loop import Config, heal_step
+from steer import SteeringVector
 from test_steer import long_rope, prompts, vector
 
 CHAT = Chat(Ids)  # its end token is 2
@@ -271,3 +272,19 @@ def test_repetition_is_low_for_prose_and_high_for_loops():
     assert repetition(prose) < 0.1 and repetition("") == 0
     assert repetition("I will help you. " * 4) > 0.5
     assert repetition("T" * 24) > 0.8
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox", "mixtral"])
+def test_answers_side_by_side_score_as_a_row_each(name):
+    model = tiny(name, initializer_range=0.5)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, 128, (n,), generator=generator).tolist() for n in (20, 9, 12)]
+    answers = [torch.randint(3, 128, (n,), generator=generator).tolist() for n in (1, 3, 2, 5)]
+    vector = SteeringVector({2: torch.randn(32, generator=generator)})
+    for v in (None, vector):
+        ours = sampling.score_answers(model, prompts, answers, v, 1.5, begun=[5, 6])
+        repeated = [prompt for prompt in prompts for _ in answers]
+        rows = sampling.score(model, repeated, answers * 3, v, 1.5, begun=[5, 6])
+        one_by_one = torch.stack([logp.double().sum() for logp in rows]).view(3, -1)
+        assert ours.std() > 1  # nats: the answers differ
+        torch.testing.assert_close(ours, one_by_one, atol=1e-3, rtol=0)
