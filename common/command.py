@@ -24,8 +24,6 @@ from safetensors import SafetensorError
 
 HERE = Path(__file__).resolve().parent.parent
 
-# ---- files --------------------------------------------------------------------------------------
-
 
 def read_text(path, torn: bool = False) -> str:
     """A UTF-8 file, whatever the locale; with `torn`, without a last line that has no newline.
@@ -124,8 +122,6 @@ def check_ranges(config) -> None:
     """Give each field its type (text becomes a Path); raises ValueError for the first it cannot."""
     config.__dict__.update(vars(checked(type(config), vars(config), "--")))
 
-
-# ---- settings -----------------------------------------------------------------------------------
 
 # where and when, nothing that changes a number
 UNRECORDED = ("out", "resume", "fork", "at", "device")

@@ -68,8 +68,6 @@ def load_rows(path, key: str, fields: tuple[str, ...] = (), fewest: int = 1) -> 
     return rows
 
 
-# ---- traits -------------------------------------------------------------------------------------
-
 REQUIRED = ("pos", "neg", "readout", "axis", "direction", "doses", "train", "heldout")
 KNOWN = ("source", *REQUIRED, "probes", "controls")
 CHOICES = {"readout": ("cloze", "tinymfv", "probe"), "axis": (*NATS, "probe_nats"),

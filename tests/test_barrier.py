@@ -18,9 +18,6 @@ AGGREGATES = ["mean", "rmse", "p95", "max"]
 DIVERGENCES = ["kl_rev", "kl_fwd"]
 
 
-# ---- the equation -------------------------------------------------------------------------------
-
-
 def float64_kl(logits_p, logits_q):
     """KL(p‖q) per position by the definition, in float64, without log_softmax."""
     p, q = (torch.exp(z.double()) / torch.exp(z.double()).sum(-1, keepdim=True)
@@ -93,9 +90,6 @@ def test_without_a_divergence_d_is_kl_revs_and_has_no_gradient(reg):
     loss, D, over = barrier_loss(student, original, targets, reg, tau=0.1)
     assert loss.requires_grad and not D.requires_grad and not over.requires_grad
     assert D == barrier_loss(student, original, targets, "kl_rev")[1]
-
-
-# ---- the heal step ------------------------------------------------------------------------------
 
 
 def healing(name, lengths=((6, 5), (9, 8), (6, 11)), trained=True, soft=False):

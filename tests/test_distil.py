@@ -47,8 +47,6 @@ def a_vector(size=1.0):
     return SteeringVector({2: size * torch.randn(32, generator=torch.Generator().manual_seed(1))})
 
 
-# ---- the rules ----------------------------------------------------------------------------------
-
 # (rule, a completion it drops, a near miss it spares), of the kind the embedded model writes
 CASES = [
     ("short", "I would help her.", "I would help her first, and explain it to my boss later."),
@@ -88,9 +86,6 @@ def test_perplexity_drops_above_its_threshold_and_at_no_number():
     assert reject_reason(PROSE, 15.0, PERSONAS, Rules()) == "kept"
     for ppl in (15.1, math.inf, math.nan):
         assert reject_reason(PROSE, ppl, PERSONAS, Rules()) == "perplexity"
-
-
-# ---- rows and teachers --------------------------------------------------------------------------
 
 
 def row(text, user="Is it kind?", **more):
@@ -144,9 +139,6 @@ def test_a_teachers_rows_have_the_neutral_prompt_and_its_own_tokens(teacher):
         with torch.no_grad(), lora.gates(model, 1, 0), steered:  # a prompted dose is 0
             h = model.get_decoder()(torch.tensor([prompt + tokens])).last_hidden_state[0]
         torch.testing.assert_close(ours, h[len(prompt) - 1:-1], rtol=1e-3, atol=1e-3)
-
-
-# ---- a full set ---------------------------------------------------------------------------------
 
 
 def collected(folder, rules, n_keep, doses=(1.0, 300.0), **how):

@@ -17,9 +17,6 @@ def text(path):
     return (ROOT / path).read_text(encoding="utf-8")
 
 
-# ---- metrics ------------------------------------------------------------------------------------
-
-
 def unexplained(names):
     """Those of the names that docs/metrics.md does not give in backticks."""
     return [name for name in sorted(names) if f"`{name}`" not in text("docs/metrics.md")]
@@ -98,9 +95,6 @@ def test_doses_in_differences_are_the_traits_own():
     found = re.search(r"`authority` (\S+) and (\S+), `love` (\S+) and (\S+);", row)
     doses = tuple(map(float, found.groups()))
     assert traits["care"] == traits["authority"] == doses[:2] and traits["love"] == doses[2:]
-
-
-# ---- words and links ----------------------------------------------------------------------------
 
 
 def test_readme_has_at_most_1200_words():

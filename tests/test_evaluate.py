@@ -38,9 +38,6 @@ def random_profile(n, seed, shift=0.0):
     return profile(softmax(z))
 
 
-# ---- one model ----------------------------------------------------------------------------------
-
-
 def test_nats_is_the_log_of_the_mean_and_top1_the_share_right():
     q = profile([[0.5, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05], [0.1, 0.1, 0.1, 0.4, 0.1, 0.1, 0.1]],
                 valid_p=[0.9, 0.7], labels=["Care", "Loyalty"])
@@ -142,9 +139,6 @@ def test_the_matched_dose_moves_the_trait_as_far_as_the_student():
     dose = evaluate.matched_dose(model, chat, asked, "cloze", base, student, 0, vector)
     reached = evaluate.evaluate(model, chat, asked, dose=dose, **how).trait
     assert abs(reached - student.trait) < 0.05 and dose > 0
-
-
-# ---- two models ---------------------------------------------------------------------------------
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say():

@@ -86,9 +86,6 @@ def test_jobs_are_cancelled_when_the_sweep_is_interrupted(tmp_path, monkeypatch)
     assert (tmp_path / "cancelled").read_text() == f"--name=sweep_{os.getpid()}\n"
 
 
-# ---- for real -----------------------------------------------------------------------------------
-
-
 def flags(model, folder):
     """A sweep of two arms; a random model is below the coherence floor, so one round is all."""
     trait = json.loads((ROOT / "data" / "traits" / "care.json").read_text(encoding="utf-8"))

@@ -48,9 +48,6 @@ def logits(model, ids=IDS):
         return model(input_ids=ids).logits
 
 
-# ---- base and gates -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_base_is_recovered_bit_for_bit_after_eight_folds(any_model, dtype, merge):
@@ -129,9 +126,6 @@ def test_gates_are_restored_after_an_error_and_nested():
             with lora.gates(model, history=wrong):
                 pass
     assert torch.equal(logits(model), student)
-
-
-# ---- files: a round is one ----------------------------------------------------------------------
 
 
 @of_every_architecture(max_examples=3, how=HOW, trained=st.lists(st.booleans(), min_size=1,
@@ -215,9 +209,6 @@ def test_a_refused_file_leaves_the_model_as_it_was(spoil, message, place, tmp_pa
     assert torch.equal(logits(model), before) and list(model.modules()) == modules
     if spoil in ("rank", "layers"):
         assert lora.n_rounds(model) == 0
-
-
-# ---- what is wrapped ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how, message", [

@@ -80,9 +80,6 @@ def test_probe_is_the_difference_of_two_answers_log_probabilities():
             assert got[k] == pytest.approx(toward - away, abs=1e-3)
 
 
-# ---- tinymfv ------------------------------------------------------------------------------------
-
-
 def test_without_the_package_one_line_says_how_to_install_it(monkeypatch, vignettes):
     monkeypatch.setattr(texts.importlib.util, "find_spec", lambda name: None)
     for ask in (lambda: tinymfv(None, None, vignettes), lambda: load_vignettes("tinymfv:classic")):

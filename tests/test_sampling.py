@@ -41,9 +41,6 @@ def make(name):
     return hybrid() if name == "qwen3_next" else tiny(name)
 
 
-# ---- sampling -----------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def plain_loop(model, prompt, draws, ends, v=None, dose=0.0):
     """One row, no cache, no padding: steered from the prompt's last token on."""
@@ -149,9 +146,6 @@ def test_a_prompt_that_leaves_no_room_is_refused():
             ask()
 
 
-# ---- scoring ------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def plain_score(model, prompt, completion, v=None, dose=0.0):
     """One row, no cache, no padding: steered from the prompt's last token on."""
@@ -227,9 +221,6 @@ def test_where_memory_is_short_the_halves_give_the_same(monkeypatch, holds):
     torch.testing.assert_close(score(model, rows, answers), whole[1])
 
 
-# ---- what a step costs --------------------------------------------------------------------------
-
-
 def operations(step):
     """How many operations of torch one call of `step` starts, the second time."""
     step()
@@ -254,9 +245,6 @@ def test_one_heal_step_starts_few_operations():
     batch = {"prompts": ps, "completions": cs, "reference": states, "teacher": None}
     n = operations(lambda: heal_step(model, batch, Config()))
     assert 7000 < n <= 10310  # 9,373 and a tenth more
-
-
-# ---- what a text looks like ---------------------------------------------------------------------
 
 
 def test_perplexity_is_of_all_tokens_or_of_the_worst_window():

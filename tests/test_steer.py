@@ -39,9 +39,6 @@ def long_rope():
         short_factor=[1.0] * 4, long_factor=[4.0, 8.0, 16.0, 32.0]))
 
 
-# ---- steering -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("last_only, first", [(False, 0), (True, 19), (3, 17), (99, 0)])
 def test_steering_adds_dose_times_v_and_leaves_no_hook(tiny_model, ids, last_only, first):
     """first: the first of 20 positions that is steered."""
@@ -83,9 +80,6 @@ def test_a_vector_that_does_not_fit_is_refused():
         with pytest.raises(ValueError, match="does not fit"):
             with v.at(model, 1.0):
                 pass
-
-
-# ---- the vector ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -163,9 +157,6 @@ def test_a_band_is_a_range_of_blocks_with_at_least_one():
             band(model, wrong)
 
 
-# ---- the dose -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("nats", [0.1, 1.0])
 def test_the_calibrated_dose_moves_the_first_tokens_by_as_many_nats(nats):
     model = tiny("llama", initializer_range=0.5)
@@ -187,9 +178,6 @@ def test_the_calibrated_dose_moves_the_first_tokens_by_as_many_nats(nats):
 def test_a_vector_that_moves_nothing_has_no_dose():
     with pytest.raises(ValueError, match="no dose up to 1024 moves .* by 1.0 nats; fix"):
         calibrate(tiny("llama"), SteeringVector({2: torch.zeros(32)}), prompts(1), 1.0, tokens=2)
-
-
-# ---- steer.py and lora.py, each copied into a folder of its own ---------------------------------
 
 
 def shown(module):
