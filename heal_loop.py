@@ -29,7 +29,7 @@ import distil
 import evaluate
 import lora
 from common import checks, models, prompts, runs, texts
-from common.sampling import completion_states, deterministic, logits, score
+from common.sampling import completion_states, logits, score, training
 from steer import SteeringVector, batches
 
 
@@ -79,7 +79,7 @@ class Config:
     readout: Literal["cloze", "tinymfv", "probe"] | None = None  # default: the trait's own
     think_tokens: runs.AtLeast1 = 64  # tinymfv's thinking before it answers
     vignettes: Path = texts.DATA / "vignettes.json"  # or tinymfv:classic
-    n_vignettes: int = 70  # how many, balanced over the foundations; 0 is all
+    n_vignettes: int = 42  # how many, balanced over the foundations; 0 is all
     baselines: bool = True  # also the persona as a prompt, and steering alone at equal trait
     # the run folder
     out: Path | None = None  # new or empty; default runs/<time>_<trait>_<reg>_<agg>_s<seed>
@@ -178,7 +178,7 @@ def heal_round(model, chat, kept: list[dict], cfg: Config, seed: int, reference:
     for part in batches(model, range(len(train)), sizes, cfg.batch_size):
         asked, completions, part_rows = zip(*(train[i] for i in part))
         lengths, soft = [len(c) for c in completions], None
-        with torch.no_grad(), lora.gates(model, history=reference or 0, live=0):
+        with torch.no_grad(), lora.gates(model, history=reference or 0, live=0), training(model):
             states = completion_states(model, asked, completions)
         if cfg.targets == "soft":
             soft = distil.teacher_states(model, chat, part_rows, **teacher).split(lengths)
@@ -202,7 +202,7 @@ def heal_round(model, chat, kept: list[dict], cfg: Config, seed: int, reference:
     for epoch in range(cfg.epochs):
         generator = torch.Generator().manual_seed(seed + epoch)
         order += torch.randperm(len(data), generator=generator).tolist()
-    with lora.gates(model, history=1, live=1), deterministic(model):
+    with lora.gates(model, history=1, live=1), training(model):
         before = -torch.cat(score(model, held_prompts, held_completions)).mean().item()  # CE, nats
         for k in tqdm(order, "heal", leave=False, disable=None):
             stats = heal_step(model, data[k], cfg)

@@ -122,16 +122,22 @@ def halving(step, rows: list[int]) -> None:
 
 
 @contextlib.contextmanager
-def deterministic(model):
-    """Within the context a GPU gives the same gradients each time, where it has kernels for that.
+def training(model):
+    """What holds while gradients are taken, and for the reference they are compared with.
 
-    Not while decoding: its writes in place would be sorted first.
+    On a CPU attention is plain products: the backward pass of torch's sdpa there costs a fifth of a
+    step. A GPU gives the same gradients each time, where it has kernels for that (not while
+    decoding: its writes in place would be sorted first).
     """
+    usual = model.config._attn_implementation
+    if model.device.type == "cpu":
+        model.set_attn_implementation("eager")
     torch.use_deterministic_algorithms(model.device.type == "cuda", warn_only=True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+        model.set_attn_implementation(usual)
 
 
 PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)  # cache layers of keys and values
