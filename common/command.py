@@ -37,7 +37,7 @@ def read_text(path, torn: bool = False) -> str:
         return data.decode("utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 ({e.reason} at byte {e.start}); "
-                         "fix: save it in the encoding UTF-8") from None
+                         "fix: save it in encoding UTF-8") from None
 
 
 def write_bytes(path, data: bytes) -> None:
@@ -112,10 +112,16 @@ def checked(kind, values, where: str):
         return adapter(kind).validate_python(values)
     except ValidationError as e:
         fault = e.errors()[0]
-        name = ".".join(map(str, fault["loc"])).replace("_", "-")
+        place = [f"entry {k + 1}" if isinstance(k, int) else k.replace("_", "-")
+                 for k in fault["loc"]]
+        value = "" if isinstance(fault["input"], dict) else ascii(fault["input"])[:80] + " "
+        wrong = f"{value}is not allowed"
         fix = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        raise ValueError(f"{where}{name} {str(fault['input'])[:80]} is not allowed; "
-                         f"fix: {fix}") from None
+        if fault["type"] == "missing":
+            wrong, fix = "is missing", "add it"
+        if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            wrong, fix = "is unknown", "remove it, or mend its spelling"
+        raise ValueError(f"{where}{' '.join([*place, wrong])}; fix: {fix}") from None
 
 
 def check_ranges(config) -> None:

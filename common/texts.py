@@ -9,9 +9,16 @@ Every mistake in a file is a ValueError of one line: the file, the entry and fie
 """
 import importlib.util
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, zip_longest
 from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import MinLen
+from pydantic import AfterValidator, ConfigDict, FiniteFloat
+from typing_extensions import TypedDict  # pydantic's own, before Python 3.12
+
+from common.command import checked, read_text
 
 DATA = Path(__file__).parent.parent / "data"
 FOUNDATIONS = ("Care", "Fairness", "Loyalty", "Authority", "Sanctity", "Liberty", "SocialNorms")
@@ -19,119 +26,88 @@ NATS = ("care_nats", "fairness_nats", "loyalty_nats", "auth_nats", "sanctity_nat
         "norms_nats")  # the metric of each foundation
 
 
-def read_json(path, *keys: str) -> dict:
-    """The JSON object in a UTF-8 file, whatever the locale, with or without a byte-order mark.
-
-    keys: fields that it must have. Raises OSError where there is no such file.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        if "\0" in text:  # UTF-16 without a mark is valid UTF-8
-            raise UnicodeError
-        found = json.loads(text)
-        json.dumps(found, allow_nan=False)  # Python reads NaN and Infinity; JSON has neither
-    except UnicodeError:
-        raise ValueError(f"{path} is not UTF-8 text; fix: save it in encoding UTF-8") from None
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is malformed ({e}); fix: make it valid JSON") from None
-    for key in keys:
-        if not isinstance(found, dict) or key not in found:
-            raise ValueError(f"{path} lacks '{key}'; fix: {{\"{key}\": ..., ...}}")
-    return found
+def not_empty(text: str) -> str:
+    text.encode()  # a ValueError for half a surrogate pair, which no tokenizer can take
+    if not text.strip():
+        raise ValueError("give it a text")
+    return text
 
 
-def shown(value) -> str:
-    """A wrong value as an error shows it: short, and printable whatever it holds."""
-    return "missing" if value is None else json.dumps(value)[:60]
+def two_answers(probe: dict) -> dict:
+    if probe["toward"].strip() == probe["away"].strip():
+        raise ValueError("two different answers, toward and away")
+    return probe
 
 
-def check_text(text, where: str) -> None:
-    """Raises ValueError for what is empty, or what no tokenizer can take."""
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where} is {shown(text)}; fix: give it a text")
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError(f"{where} holds half a surrogate pair, not Unicode: {shown(text)}; "
-                         "fix: write the character itself, in UTF-8")
+Text = Annotated[str, AfterValidator(not_empty)]
+Lines = Annotated[list[Text], MinLen(1)]
 
 
-def load_rows(path, key: str, fields: tuple[str, ...] = (), fewest: int = 1) -> list:
-    """The list under `key` of a JSON file: texts, or objects with a text in each of `fields`."""
-    rows = read_json(path, key)[key]
-    if not isinstance(rows, list) or len(rows) < fewest:
-        raise ValueError(f"{path}: '{key}' is {shown(rows)}; fix: a list of {fewest} or more")
-    for k, row in enumerate(rows, 1):
-        where = f"{path}: entry {k} of '{key}'"
-        if not fields:
-            check_text(row, where)
-        for field in fields:
-            check_text(row.get(field) if isinstance(row, dict) else None, f"{where}: '{field}'")
-    return rows
+class Question(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    prompt: Text
+    toward: Text  # shows the trait, or is the right answer
+    away: Text
 
 
-REQUIRED = ("pos", "neg", "readout", "axis", "direction", "doses", "train", "heldout")
-KNOWN = ("source", *REQUIRED, "probes", "controls")
-CHOICES = {"readout": ("cloze", "tinymfv", "probe"), "axis": (*NATS, "probe_nats"),
-           "direction": ("up", "down")}
-PROBE = ("prompt", "toward", "away")
+Probe = Annotated[Question, AfterValidator(two_answers)]
+
+
+class Vignette(TypedDict):
+    id: Text
+    foundation: Literal[FOUNDATIONS]
+    text: Text
 
 
 @dataclass
 class Trait:
     """A persona pair, how it is measured, and the prompts it is trained and measured on."""
+    __pydantic_config__ = ConfigDict(extra="forbid")
     name: str  # its file's, without .json; custom for --pos and --neg
-    pos: str  # system prompt of the trait
-    neg: str  # system prompt of its opposite
-    readout: str  # cloze, tinymfv or probe, unless a flag says otherwise
-    axis: str  # the metric that is the trait: that of a foundation, or probe_nats
-    direction: str  # where more of the trait is on it: up or down
-    doses: tuple[float, ...]  # of the sampled completions, unless a flag says otherwise
-    train: list[str]  # prompts that training data is sampled on
-    heldout: list[str]  # prompts that a model answers when it is measured
-    probes: list[dict]  # {prompt, toward, away}: toward shows the trait; [] unless readout probe
-    controls: list[dict]  # the same for what should stay as it is: toward is the right answer
+    pos: Text  # system prompt of the trait
+    neg: Text  # system prompt of its opposite
+    readout: Literal["cloze", "tinymfv", "probe"]  # unless a flag says otherwise
+    axis: Literal[(*NATS, "probe_nats")]  # the metric that is the trait
+    direction: Literal["up", "down"]  # where more of the trait is on it
+    doses: Annotated[tuple[FiniteFloat, ...], MinLen(1)]  # unless a flag says otherwise
+    train: Lines  # prompts that training data is sampled on
+    heldout: Lines  # prompts that a model answers when it is measured
+    controls: list[Probe]  # what should stay as it is: toward is the right answer
+    probes: list[Probe] = field(default_factory=list)  # toward shows the trait
+
+    def __post_init__(self):
+        if self.pos.strip() == self.neg.strip():
+            raise ValueError("two different texts for pos and neg")
+        with_probes = {self.readout == "probe", self.axis == "probe_nats", bool(self.probes)}
+        if len(with_probes) == 2:
+            raise ValueError("'readout' probe, 'axis' probe_nats and 'probes' go together: "
+                             "all three or none")
+
+
+def read_json(path) -> dict:
+    """The JSON object in a UTF-8 file. Raises OSError where there is no such file."""
+    try:
+        found = json.loads(read_text(path))
+        json.dumps(found, allow_nan=False)  # Python reads NaN and Infinity; JSON has neither
+    except (ValueError, RecursionError) as e:
+        if "fix:" in str(e):
+            raise
+        raise ValueError(f"{path} is malformed ({e}); fix: make it valid JSON") from None
+    return checked(dict, found, f"{path}: ")
+
+
+def load_rows(path, key: str, kind=Text) -> list:
+    """The list under `key` of a JSON file, one or more of `kind`."""
+    table = TypedDict("table", {key: Annotated[list[kind], MinLen(1)]})
+    return checked(table, read_json(path), f"{path}: ")[key]
 
 
 def load_trait(path) -> Trait:
     """The trait in a JSON file, every field of it checked."""
-    found = read_json(path, *REQUIRED)
-    for field in found:
-        if field not in KNOWN:
-            raise ValueError(f"{path}: unknown field {shown(field)}; fix: {', '.join(KNOWN)}")
-    check_pair(found["pos"], found["neg"], f"{path}: ")
-    for field, choices in CHOICES.items():
-        if found[field] not in choices:
-            raise ValueError(f"{path}: '{field}' is {shown(found[field])}; "
-                             f"fix: one of {', '.join(choices)}")
-    doses = found["doses"]
-    is_list = isinstance(doses, list) and doses
-    if not is_list or not all(type(d) in (int, float) and abs(d) < 1e9 for d in doses):
-        raise ValueError(f"{path}: 'doses' is {shown(doses)}; fix: finite numbers, such as [1, 2]")
-    if len({found["readout"] == "probe", found["axis"] == "probe_nats", "probes" in found}) == 2:
-        raise ValueError(f"{path}: 'readout' probe, 'axis' probe_nats and 'probes' go together; "
-                         "fix: give all three or none")
-    probes = load_probes(path, "probes") if "probes" in found else []
-    controls = load_probes(path if "controls" in found else DATA / "controls.json", "controls")
-    return Trait(Path(path).stem, *(found[field] for field in REQUIRED[:5]),
-                 tuple(map(float, doses)), load_rows(path, "train"), load_rows(path, "heldout"),
-                 probes, controls)
-
-
-def check_pair(pos, neg, where: str) -> None:
-    """Raises ValueError where these are not two different texts."""
-    check_text(pos, f"{where}pos")
-    check_text(neg, f"{where}neg")
-    if pos.strip() == neg.strip():
-        raise ValueError(f"{where}pos and neg are both {shown(pos)}; fix: two different texts")
-
-
-def load_probes(path, key: str) -> list[dict]:
-    """[{prompt, toward, away}] under `key` of a JSON file: two or more, as an interval needs."""
-    probes = load_rows(path, key, PROBE, fewest=2)
-    for k, probe in enumerate(probes, 1):
-        if probe["toward"].strip() == probe["away"].strip() or set(probe) != set(PROBE):
-            raise ValueError(f"{path}: entry {k} of '{key}' is {shown(probe)}; fix: a prompt and "
-                             "two different answers, toward and away, nothing else")
-    return probes
+    fields = read_json(path)
+    fields.pop("source", None)
+    fields.setdefault("controls", read_json(DATA / "controls.json")["controls"])
+    return checked(Trait, {"name": Path(path).stem, **fields}, f"{path}: ")
 
 
 def load_traits() -> dict[str, Trait]:
@@ -144,11 +120,11 @@ def find_trait(name: str, pos: str | None = None, neg: str | None = None) -> Tra
     if (pos is None) != (neg is None):
         raise ValueError("--pos and --neg go together; fix: give both")
     if pos is not None:
-        check_pair(pos, neg, "--")
-        return replace(load_trait(DATA / "traits/care.json"), name="custom", pos=pos, neg=neg)
+        care = vars(load_trait(DATA / "traits/care.json"))
+        return checked(Trait, care | {"name": "custom", "pos": pos, "neg": neg}, "--pos, --neg: ")
     path = Path(name) if name.endswith(".json") else DATA / f"traits/{name}.json"
     if not path.is_file():
-        raise ValueError(f"unknown trait {shown(name)}; fix: one of {', '.join(load_traits())}, "
+        raise ValueError(f"unknown trait '{name}'; fix: one of {', '.join(load_traits())}, "
                          "an existing file such as my_trait.json, or --pos and --neg")
     return load_trait(path)
 
@@ -169,14 +145,12 @@ def load_vignettes(path, n: int = 0) -> list[dict]:
     if name.startswith("tinymfv:"):
         vignettes = tinymfv_vignettes(name.removeprefix("tinymfv:"))
     else:
-        vignettes = load_rows(path, "vignettes", ("id", "foundation", "text"))
+        vignettes = load_rows(path, "vignettes", Vignette)
     ids = [v["id"] for v in vignettes]
-    for v in vignettes:
-        if v["foundation"] not in FOUNDATIONS:
-            raise ValueError(f"{path}: vignette '{v['id']}' has unknown foundation "
-                             f"{shown(v['foundation'])}; fix: one of {', '.join(FOUNDATIONS)}")
-        if ids.count(v["id"]) > 1:
-            raise ValueError(f"{path}: vignette id '{v['id']}' stands twice; fix: make ids unique")
+    for vignette_id in ids:
+        if ids.count(vignette_id) > 1:
+            raise ValueError(f"{path}: vignette id '{vignette_id}' stands twice; "
+                             "fix: make ids unique")
     if n < 0 or n > len(vignettes):
         raise ValueError(f"--n-vignettes {n} of {len(vignettes)} in {path}; "
                          f"fix: 0 (all) to {len(vignettes)}")
@@ -209,9 +183,9 @@ def tinymfv_vignettes(name: str) -> list[dict]:
 @dataclass
 class Texts(Trait):
     """Everything one run reads: its trait's texts, and those that all traits share."""
-    contexts: list[str]  # everyday user messages, over which the steering vector is averaged
-    plain: list[str]  # plain prose, on which a model's own loss is measured
-    vignettes: list[dict]  # the moral violations it is asked about
+    contexts: list[str] = field(default_factory=list)  # user messages the vector is averaged over
+    plain: list[str] = field(default_factory=list)  # prose on which a model's own loss is measured
+    vignettes: list[dict] = field(default_factory=list)  # moral violations it is asked about
 
 
 def complete(config):

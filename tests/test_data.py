@@ -90,7 +90,7 @@ def test_flags_win_over_the_trait():
     assert texts.complete(love) == love
     with pytest.raises(ValueError, match="--readout cloze cannot measure 'love', which has probes"):
         texts.read(texts.complete(Config(trait="love", readout="cloze")))
-    with pytest.raises(ValueError, match='unknown trait "x"; fix: one of authority, care, love,'):
+    with pytest.raises(ValueError, match="unknown trait 'x'; fix: one of authority, care, love,"):
         texts.read(Config(trait="x"))
     with pytest.raises(ValueError, match="--n-contexts 500 of 256 .*contexts.json"):
         texts.read(Config(n_contexts=500))
@@ -101,23 +101,25 @@ def test_a_pair_of_ones_own_is_measured_as_care_is():
     reading = texts.read(own)
     assert (own.trait, reading.pos, reading.neg) == ("custom", "Be brief.", "Be wordy.")
     assert (reading.axis, reading.train) == ("auth_nats", TRAITS["care"].train)
-    for neg, words in (("", "--neg is"), ("Be brief.", "both"), ("\udce9t\udce9", "surrogate")):
+    wrong = {"": "--neg: neg '' ", "Be brief.": "--neg: is not allowed; fix: two different",
+             "\udce9t\udce9": "surrogate"}
+    for neg, words in wrong.items():
         with pytest.raises(ValueError, match=words):
             texts.read(Config(pos="Be brief.", neg=neg))
 
 
 PROBES = [{"prompt": "Hi.", "toward": "Yes.", "away": "No."}] * 2
 FAULTS = {  # what is wrong: (the fields changed, what the line must say)
-    "unknown readout": ({"readout": "multi"}, '"multi" cloze'),
-    "unknown direction": ({"direction": "left"}, '"left" up'),
-    "no dose": ({"doses": []}, "'doses' [1, 2]"),
+    "unknown readout": ({"readout": "multi"}, "readout 'multi' 'cloze'"),
+    "unknown direction": ({"direction": "left"}, "direction 'left' 'up'"),
+    "no dose": ({"doses": []}, "doses [] 1"),
     "dose that is no JSON": ({"doses": [float("inf")]}, "malformed"),
-    "a prompt that is a number": ({"heldout": ["Hi.", 3]}, "entry 2 'heldout' 3"),
-    "half a surrogate pair": ({"train": ["Hi.", "\ud83d"]}, "entry 2 'train' surrogate \\ud83d"),
-    "unknown field": ({"prompts": ["Hi."]}, 'unknown "prompts" train'),
+    "a prompt that is a number": ({"heldout": ["Hi.", 3]}, "heldout entry 2 3"),
+    "half a surrogate pair": ({"train": ["Hi.", "\ud83d"]}, "train entry 2 surrogate \\ud83d"),
+    "unknown field": ({"prompts": ["Hi."]}, "prompts unknown"),
     "probes for cloze": ({"probes": PROBES}, "'readout' 'axis' together"),
     "answers alike": ({"controls": [*PROBES, {**PROBES[0], "away": "Yes."}]}, "entry 3 different"),
-    "an answer missing": ({"controls": [*PROBES, {"prompt": "Hi."}]}, "entry 3 'toward' missing"),
+    "an answer missing": ({"controls": [*PROBES, {"prompt": "Hi."}]}, "entry 3 toward missing"),
 }
 
 
@@ -132,7 +134,7 @@ def test_a_malformed_trait_is_refused_in_one_line(fault, tmp_path):
     assert all(word in line for word in [str(path), "fix:", *words.split()]), line
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8", "utf-16", "utf-16-le", "latin-1"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8", "utf-16", "latin-1"])
 def test_files_are_utf8_in_any_locale(encoding, tmp_path):
     path = tmp_path / "my.json"
     path.write_text(json.dumps(CARE | {"pos": "Café."}, ensure_ascii=False), encoding=encoding)
