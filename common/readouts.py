@@ -20,13 +20,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from einops import rearrange
-from tqdm import tqdm
 
 from common.prompts import NEUTRAL, Chat
-from common.sampling import (completion_states, halving, logits, rows_at_once, score,
-                             score_answers)
+from common.sampling import logits, row_states, score, score_answers
 from common.texts import FOUNDATIONS, load_clauses, tinymfv_package
-from steer import SteeringVector, batches
+from steer import SteeringVector
 
 BECAUSE, ANSWER = "This is wrong because it", "Answer: ("  # how the answers are begun
 LETTERS = "ABCDEFG"
@@ -97,20 +95,9 @@ def valid_p(model, chat: Chat, vignettes: list[dict], system: str, vector, dose)
     prompts = [chat.encode(text) for text in texts]
     answer = chat.suffix_ids(texts[0], ANSWER)
     letters = [chat.suffix_ids(texts[0] + ANSWER, letter)[0] for letter in LETTERS]
-    p_letters = np.zeros(len(vignettes))
-
-    def ask_rows(rows):
-        states = completion_states(model, [prompts[i] for i in rows], [letters[:1]] * len(rows),
-                                   vector, dose, begun=answer)  # [rows, d_model]
-        p = logits(model, states).float().softmax(-1)
-        p_letters[rows] = p[:, letters].sum(-1).double().cpu().numpy()
-
-    lengths = [len(prompt) + len(answer) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: lengths[i])  # like lengths in a batch
-    parts = batches(model, order, lengths, rows_at_once(model) // 3)
-    for rows in tqdm(parts, "ask", leave=False, disable=None):
-        halving(ask_rows, rows)
-    return p_letters
+    states = row_states(model, prompts, [letters[:1]] * len(prompts), vector, dose, begun=answer)
+    p = logits(model, torch.cat(states)).float().softmax(-1)  # [vignettes, vocab]
+    return p[:, letters].sum(-1).double().cpu().numpy()
 
 
 @torch.no_grad()

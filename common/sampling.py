@@ -64,18 +64,6 @@ def logits(model, hidden: torch.Tensor) -> torch.Tensor:
             decoder.forward = before
 
 
-def token_logp(model, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probability of each token at its final hidden state, float32 nats.
-
-    [n, d_model], [n] -> [n]. 128 positions of logits at a time.
-    """
-    parts = []
-    for h, t in zip(hidden.split(128), tokens.split(128)):
-        logp = logits(model, h).float().log_softmax(-1)  # [128, vocab]
-        parts.append(logp.gather(1, t[:, None].to(h.device))[:, 0])
-    return torch.cat(parts)
-
-
 def next_token(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k: int,
                top_p: float) -> torch.Tensor:
     """One token per row, [batch], by inverse CDF at the uniform draws u [batch].
@@ -289,51 +277,47 @@ def completion_states(model, prompts: list[list[int]], completions: list[list[in
 
 @torch.no_grad()
 def row_states(model, prompts: list[list[int]], completions: list[list[int]],
-               vector: SteeringVector | None = None, dose: float = 0.0) -> list[torch.Tensor]:
-    """`completion_states` of any number of rows, in batches: -> [tokens, d_model] of each row."""
-    out = [None] * len(prompts)
-    lengths = [len(p) + len(c) for p, c in zip(prompts, completions)]
+               vector: SteeringVector | None = None, dose: float = 0.0, begun: list[int] = (),
+               batch_size: int | None = None) -> list[torch.Tensor]:
+    """`completion_states` of any number of rows, in batches: -> [len(completion), d_model] each,
+    empty for an empty completion.
 
-    def run_rows(rows):
-        answers = [completions[i] for i in rows]
-        states = completion_states(model, [prompts[i] for i in rows], answers, vector, dose)
-        for i, of_row in zip(rows, states.split([len(c) for c in answers])):
-            out[i] = of_row
-
-    for rows in batches(model, range(len(prompts)), lengths, rows_at_once(model)):
-        halving(run_rows, rows)
-    return out
-
-
-@torch.no_grad()
-def score(model, prompts: list[list[int]], completions: list[list[int]],
-          vector: SteeringVector | None = None, dose: float = 0.0,
-          batch_size: int | None = None, begun: list[int] = ()) -> list[torch.Tensor]:
-    """Log-probability of each completion token given all before it, nats.
-
-    -> one [len(completion)] float32 tensor each; an empty completion has none.
     batch_size: None is a third of `rows_at_once`. begun: see `completion_states`.
     """
-    batch_size = batch_size or rows_at_once(model) // 3
     out = [torch.empty(0)] * len(prompts)
     lengths = [len(p) + len(begun) + len(c) for p, c in zip(prompts, completions)]
     # equal prompts, and then completions of like length, share a batch
     with_tokens = [i for i, c in enumerate(completions) if c]
     order = sorted(with_tokens, key=lambda i: (len(prompts[i]), prompts[i], len(completions[i])))
 
-    def score_rows(rows):
+    def run_rows(rows):
         answers = [completions[i] for i in rows]
-        states = completion_states(model, [prompts[i] for i in rows], answers, vector, dose,
-                                   begun)
-        targets = torch.tensor([token for c in answers for token in c], device=model.device)
-        logp = token_logp(model, states, targets).cpu()  # [Σ tokens]
-        for i, of_completion in zip(rows, logp.split([len(c) for c in answers])):
-            out[i] = of_completion
+        states = completion_states(model, [prompts[i] for i in rows], answers, vector, dose, begun)
+        for i, of_row in zip(rows, states.split(list(map(len, answers)))):
+            out[i] = of_row
 
-    parts = batches(model, order, lengths, batch_size)
+    parts = batches(model, order, lengths, batch_size or rows_at_once(model) // 3)
     for rows in tqdm(parts, "score", leave=False, disable=None, delay=5):
-        halving(score_rows, rows)
+        halving(run_rows, rows)
     return out
+
+
+@torch.no_grad()
+def score(model, prompts: list[list[int]], completions: list[list[int]], *args,
+          **kwargs) -> list[torch.Tensor]:
+    """Log-probability of each completion token given all before it, nats.
+
+    -> one [len(completion)] float32 tensor each. args, kwargs: of `row_states`.
+    """
+    if not any(completions):
+        return [torch.empty(0)] * len(completions)
+    by_row = row_states(model, prompts, completions, *args, **kwargs)
+    states = torch.cat([h for h in by_row if len(h)])  # [Σ tokens, d_model]
+    tokens = torch.tensor([token for c in completions for token in c], device=states.device)
+    logp = []
+    for h, t in zip(states.split(128), tokens.split(128)):  # the logits of 128 positions at a time
+        logp.append(logits(model, h).float().log_softmax(-1).gather(1, t[:, None])[:, 0].cpu())
+    return list(torch.cat(logp).split(list(map(len, completions))))
 
 
 @torch.no_grad()
