@@ -69,9 +69,8 @@ class Profile:
 
     def summary(self) -> dict[str, float]:
         """Every metric of the profile, by name."""
-        metrics = [*NATS, "coherence"]
-        metrics += [] if self.probes is None else ["probe_nats"]
-        metrics += [] if self.controls is None else ["control_nats"]
+        metrics = (*NATS, "coherence", "probe_nats", "control_nats")
+        metrics = [m for m in metrics if self.items(m) is not None]
         right = [FOUNDATIONS[k] for k in self.p.argmax(1)] == np.array(self.labels)
         return {**{m: self.value(m) for m in metrics}, "top1": float(right.mean()), **self.notes}
 
@@ -112,10 +111,11 @@ def evaluate(model, chat: Chat, reading: texts.Texts, readout: str = "cloze", co
 
 
 def measure(model, chat: Chat, reading: texts.Texts, name: str, readout: str = "cloze",
-            constants=None, think_tokens: int = 64, **kwargs) -> dict:
+            constants=None, think_tokens: int = 64, max_new_tokens: int = 48, **kwargs) -> dict:
     """Evaluate the model as it stands and let it generate; prints a line; -> one event."""
     profile = evaluate(model, chat, reading, readout, constants, think_tokens, **kwargs)
-    generated = generate(model, chat, reading.heldout[:12], reading.plain, **kwargs)
+    generated = generate(model, chat, reading.heldout[:12], reading.plain,
+                         max_new_tokens=max_new_tokens, **kwargs)
     print(f"  {name:<12} {profile.axis} {profile.trait:+.2f}  "
           f"coherence {profile.value('coherence'):.4f}  "
           f"perplexity {generated.perplexity:.1f}  drift {generated.drift:.2f}  "
@@ -225,5 +225,5 @@ def surgicality(base: Profile, after: Profile) -> Estimate:
 
 
 if __name__ == "__main__":
-    from tools.commands import EvaluateConfig, cli, print_profile
-    cli(EvaluateConfig, print_profile)
+    from tools.commands import EvaluateConfig, cli, print_metrics
+    cli(EvaluateConfig, print_metrics)

@@ -18,10 +18,7 @@ from steer import SteeringVector
 
 @dataclass
 class Generated:
-    """Coherence where valid_p saturates: sampled answers to held-out prompts, and plain text.
-
-    Perplexity and drift measure DISTANCE from the original, which a barrier trains on.
-    """
+    """Coherence where valid_p saturates: sampled answers to held-out prompts, and plain text."""
     perplexity: float  # of the answers, under the original
     drift: float  # mean over their tokens of KL(model ‖ original), nats
     drift_p95: float  # its 95th percentile, nats

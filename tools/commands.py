@@ -5,6 +5,7 @@
     python evaluate.py --adapter runs/X/round_?/adapter.safetensors
 """
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -75,18 +76,27 @@ class EvaluateConfig:
     readout: Literal["cloze", "tinymfv", "probe"] | None = None  # default: the trait's own
     vignettes: Path = texts.DATA / "vignettes.json"  # or tinymfv:classic
     n_vignettes: int = 0  # how many, balanced over the foundations; 0 is all
+    max_new_tokens: runs.AtLeast1 = 48  # longest answer of the generation metrics, in tokens
 
 
-def print_profile(cfg: EvaluateConfig) -> None:
+def print_metrics(cfg: EvaluateConfig) -> None:
     """Every metric of the original, and of what --adapter and --vector make of it."""
     cfg = texts.complete(cfg)
     reading = texts.read(cfg)
     vector = SteeringVector.load(cfg.vector) if cfg.vector else None
     model, chat = checks.load(cfg.model, cfg.device, cfg.dtype)
-    base = evaluate.evaluate(model, chat, reading, cfg.readout)
-    table = {"": base.summary(), "original": base.summary().values()}
-    if cfg.adapter or vector:
+    measure = partial(evaluate.measure, model, chat, reading, readout=cfg.readout,
+                      max_new_tokens=cfg.max_new_tokens)
+    if cfg.adapter:
         lora.load(model, cfg.adapter)
-        table["changed"] = evaluate.evaluate(model, chat, reading, cfg.readout, base.constants,
-                                             vector=vector, dose=cfg.dose).summary().values()
-    print(tabulate(table, headers="keys", floatfmt=".4f"))
+    else:
+        lora.attach(model)  # whose gates, shut, are the original
+    with lora.gates(model, history=0, live=0):
+        events = {"original": measure("original")}
+    if cfg.adapter or vector:
+        constants = evaluate.Profile(**events["original"]["profile"]).constants
+        events["changed"] = measure("changed", constants=constants, vector=vector, dose=cfg.dose)
+    names = [name for name, value in events["original"].items() if isinstance(value, float)]
+    print(tabulate({"": names, **{arm: [event[name] for name in names]
+                                  for arm, event in events.items()}},
+                   headers="keys", floatfmt=".4f"))
