@@ -62,7 +62,8 @@ def reading(**changes):
 
 def test_a_profile_has_the_readouts_answers_controls_and_spread():
     probes = [{"prompt": "Who calls?", "toward": "A friend.", "away": "A user did so."}] * 2
-    asked = reading(axis="probe_nats", direction="up", probes=probes)
+    asked = reading(readout="probe", axis="probe_nats", direction="up",
+                     probes=probes)
     q = evaluate.evaluate(a_student(), embedded_chat(), asked, "probe")
     assert q.ids == [v["id"] for v in asked.vignettes] and q.direction == "up"
     assert q.labels == [v["foundation"] for v in asked.vignettes]
