@@ -399,9 +399,7 @@ for name, answer in zip(("original", "steered, dose 3", "healed, round 1"), answ
 # arm without a barrier here, and no steering at matched trait: without those one cannot say what
 # healed. `results/` has whole runs with seeds, intervals and those baselines.
 #
-# ## Exercises
-#
-# ### 1. The gradient of the KL
+# ## Exercise: the gradient of the KL
 #
 # $p = \text{softmax}(z)$, $q$ fixed. Derive $\partial\, \text{KL}(p \| q) / \partial z_v$ and check
 # it against autograd. What does it do to a token that $q$ finds impossible?
@@ -430,30 +428,5 @@ for name, answer in zip(("original", "steered, dose 3", "healed, round 1"), answ
 # hardly pushed at all: reverse KL cuts what is wrong rather than restoring what is missing.
 # </details>
 #
-# ### 2. A trait of your own
-#
-# Write two system prompts, extract their vector from the original, and find the dose at which one
-# can read the trait and the dose at which the text breaks.
-#
-# <details><summary>Solution</summary>
-#
-# ```python
-# poet = persona_prompts(chat, "You are a poet. You speak in images of sea, moon and wind.",
-#                        "You are an accountant. You speak in plain numbers, costs and dates.",
-#                        reading.contexts)
-# with lora.gates(model, history=0, live=0):
-#     mine = extract_vector(model, *poet, layers)
-#     trials = [0, 0.5, 1, 1.5]
-#     answers = sample(model, chat, [chat.ids("Tell me about your morning.")] * 4, mine, trials, 30,
-#                      temperature=0)
-# for dose, answer in zip(trials, answers):
-#     show(f"dose {dose}", chat.decode(answer))
-# print(f"cosine with the care vector: {vector.cosine(mine):.2f}")
-# ```
-#
-# At 0.5 the morning turns poetic; from 1 on it goes in circles. Vectors differ in length:
-# `steer.calibrate` finds the dose that moves the next token by so many nats. To heal along yours,
-# write a trait file (`docs/traits.md`) and run `python heal_loop.py --trait my.json`.
-# </details>
-#
-# Where to go on: `heal_loop.py`, top to bottom. You have now met its main steps.
+# Where to go on: `heal_loop.py`, top to bottom, whose main steps you have now met; and a trait of
+# your own, which `docs/traits.md` shows how to write.
