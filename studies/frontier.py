@@ -32,7 +32,8 @@ KEYS = {"plain text": "text_nats", "valid answers": "coherence", "perplexity": "
         "repetition": "repetition", "controls": "control_nats"}  # {heading: key of an event}
 METRICS = ("least wording", "greatest wording", *KEYS)
 # digits after the point, of all else 2
-DIGITS = {"plain text": 3, "valid answers": 4, "entropy": 3, "drift": 3, "repetition": 3, "D": 3}
+DIGITS = {"plain text": 3, "valid answers": 4, "entropy": 3, "drift": 3, "repetition": 3, "D": 3,
+          "sampled": 0}
 
 
 @dataclass

@@ -55,11 +55,11 @@ class Sweeps:
             events[run.config["seed"]] = event
         return events
 
-    def get(self, arm: str, metric: str, digits: int | None = None, **where) -> str:
+    def get(self, arm: str, metric: str, **where) -> str:
         """A metric over seeds, see by_seed; steering alone is SWEEP/alone, stage="alone"."""
-        digits = frontier.DIGITS.get(metric, 2) if digits is None else digits
-        return over_seeds([event[metric] if event else None
-                           for event in self.by_seed(arm, **where).values()], digits)
+        events = self.by_seed(arm, **where).values()
+        return over_seeds([event[metric] if event else None for event in events],
+                          frontier.DIGITS.get(metric, 2))
 
     def difference(self, arm: str, other: str, metric: str, **where) -> str:
         """How much more the arm has of a metric than another one has, within seeds."""
@@ -74,7 +74,7 @@ class Sweeps:
         return [replace(run, config=run.config | {"arm": name})
                 for name, arm in lines.items() for run in self.arms.get(arm, [])]
 
-    def draw(self, name: Path | str, lines, metrics: list[str] = (), **kwargs) -> Path | str:
+    def draw(self, name: str, lines, metrics: list[str] = (), **kwargs) -> str:
         """Draw frontier.figure of arms, see `named`, into a file beside the page; -> its name."""
         figure = frontier.figure(self.named(lines), metrics, **kwargs)
         figure.savefig(self.pictures / name, dpi=160)
@@ -146,7 +146,8 @@ def recipe(config: dict) -> list:
 def main(cfg: Config) -> None:
     cfg.out.mkdir(parents=True, exist_ok=True)
     sweeps = Sweeps(cfg.records, cfg.out)
-    sweeps.draw(cfg.barrier.resolve(), BARRIER, ["Δtrait", "plain text"], x="finished rounds")
+    figure = frontier.figure(sweeps.named(BARRIER), ["Δtrait", "plain text"], "finished rounds")
+    figure.savefig(cfg.barrier, dpi=160)
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent),
                                    undefined=jinja2.StrictUndefined, trim_blocks=True,
                                    keep_trailing_newline=True)
