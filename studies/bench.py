@@ -177,6 +177,16 @@ def twin(model):
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
+def student_of(model, cfg: heal_loop.Config):
+    """A twin of the model with a folded round, which changes it little, and a live adapter."""
+    student = twin(model)
+    lora.attach(student, cfg.rank, cfg.alpha, cfg.lora_layers)
+    for module in lora.adapters(student).values():
+        nn.init.normal_(module.B, std=1e-4)
+    lora.fold(student)
+    return student
+
+
 def endless():
     """A context in which no token ends a completion of ours: all run to max_new_tokens."""
     return mock.patch.object(sampling, "stop_tokens", lambda model, chat: [BEYOND])
@@ -189,12 +199,8 @@ def main(cfg: Config) -> None:
     reading = texts.read(loop)
     pair = persona_prompts(chat, reading.pos, reading.neg, reading.contexts[:16])
     vector = extract_vector(plain, *pair, band(plain, loop.steer_layers))
-    student = twin(plain)
+    student = student_of(plain, loop)
     plain.set_attn_implementation("sdpa")  # what transformers chooses; ours may differ
-    lora.attach(student, loop.rank, loop.alpha, loop.lora_layers)
-    for module in lora.adapters(student).values():
-        nn.init.normal_(module.B, std=1e-4)
-    lora.fold(student)
 
     # 2. decode
     bandwidth, steps = copy_bandwidth(plain.device), []
