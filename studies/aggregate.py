@@ -19,19 +19,19 @@ import distil
 import heal_loop
 import lora
 from common import checks, runs
-from common.sampling import completion_states, logits
-from studies.tables import OnDevice, markdown, publish, ran_on
+from common.generation import against_original
+from common.sampling import row_states
+from studies.tables import Study, markdown, publish, ran_on
 
 AGGS = ("mean", "rmse", "p95", "max")
 
 
 @dataclass(kw_only=True)
-class Config(OnDevice):
+class Config(Study):
     run: tyro.conf.Positional[tuple[Path, ...]]  # run folders
     at: runs.AtLeast1 = 1  # the round whose data is looked at, counted from 0
     agg: Literal["mean", "rmse", "p95", "max"] = "rmse"  # what --tau is of
     tau: runs.From0 = 0.8  # τ in nats that the others are matched with
-    out: Path = Path("results")  # folder for aggregate.md
 
 
 @torch.no_grad()
@@ -40,15 +40,13 @@ def aggregates(model, prompts, completions) -> dict[str, torch.Tensor]:
 
     kl_rev of the student, history gates on, from the original; in nats.
     """
-    lengths = [len(c) for c in completions]
     with lora.gates(model, history=1, live=0):
-        student = completion_states(model, prompts, completions).split(lengths)
+        student = row_states(model, prompts, completions)
     with lora.gates(model, history=0, live=0):
-        original = completion_states(model, prompts, completions).split(lengths)
+        original = row_states(model, prompts, completions)
     D = {name: [] for name in (*AGGS, "top 5%")}
-    for h, h_ref in zip(student, original):
-        logp, logq = (logits(model, states).float().log_softmax(-1) for states in (h, h_ref))
-        kl = heal_loop.kl_per_token(logp, logq)  # [tokens]
+    for row in zip(student, original, completions):
+        kl, *_ = against_original(model, *row)  # [tokens]
         for agg in AGGS:
             D[agg].append(heal_loop.aggregate(kl, agg))
         costliest = kl.topk(-(-len(kl) // 20)).values
@@ -63,13 +61,11 @@ def main(cfg: Config) -> None:
         settings = runs.read_config(heal_loop.Config, folder)
         model, chat = checks.load(settings.model, cfg.device, cfg.dtype, settings.date)
         lora.load(model, [folder / f"round_{r}/adapter.safetensors" for r in range(cfg.at)])
-        pairs = sorted(distil.row_ids(chat, row)
-                       for row in runs.read_jsonl(folder / f"round_{cfg.at}/kept.jsonl"))
-        batches = [aggregates(model, *zip(*pairs[k:k + 8])) for k in range(0, len(pairs), 8)]
-        D = {agg: torch.cat([batch[agg] for batch in batches]) for agg in batches[0]}
+        kept = runs.read_jsonl(folder / f"round_{cfg.at}/kept.jsonl")
+        D = aggregates(model, *zip(*(distil.row_ids(chat, row) for row in kept)))
         over_mean = [f"{(D[agg] / D['mean']).median():.2f}" for agg in AGGS[1:]]
         taus = [f"{cfg.tau * (D[agg] / D[cfg.agg]).median():.2f}" for agg in AGGS]
-        rows.append([name, len(pairs), f"{D['mean'].mean():.2f}", *over_mean,
+        rows.append([name, len(kept), f"{D['mean'].mean():.2f}", *over_mean,
                      f"{D['top 5%'].median():.0%}", *taus])
     publish(f"""# What each aggregation sees
 

@@ -21,7 +21,6 @@ from unittest import mock
 import numpy as np
 import peft
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -32,7 +31,7 @@ from common import checks, models, runs, sampling, texts
 from common.prompts import persona_prompts
 from common.readouts import ANSWER, BECAUSE, LETTERS, OPTIONS, cloze
 from common.sampling import sample
-from heal_loop import aggregate, heal_round, kl_per_token
+from heal_loop import barrier_loss, heal_round
 from steer import SteeringVector, band, extract_vector, left_pad
 from studies.tables import OnDevice, markdown, ran_on
 
@@ -78,14 +77,14 @@ def full_logits_loss(model, original, prompts, completions,
     student = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     with torch.no_grad(), original():
         reference = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    ce, D = [], []
+    ce, over = [], []
     for i, (p, c) in enumerate(zip(prompts, completions)):
         predicting = slice(len(p) - 1, len(p) + len(c) - 1)  # the positions before the completion's
         logp, logq = (z[i, predicting].float().log_softmax(-1) for z in (student, reference))
-        ce.append(F.nll_loss(logp, rows[i][len(p):], reduction="none"))
-        kl = kl_per_token(logq, logp) if cfg.reg == "kl_fwd" else kl_per_token(logp, logq)
-        D.append(aggregate(kl, cfg.agg))
-    return torch.cat(ce).mean(), cfg.lam * F.relu(torch.stack(D) - cfg.tau).mean()
+        loss = barrier_loss(logp, logq, rows[i][len(p):], cfg.reg, cfg.agg, cfg.tau)
+        ce.append(loss[0])
+        over.append(loss[2])
+    return torch.cat(ce).mean(), cfg.lam * torch.stack(over).mean()
 
 
 def peft_round(model, chat, kept: list[dict], cfg: heal_loop.Config) -> None:
@@ -178,17 +177,19 @@ def twin(model):
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
+def student_of(model, cfg: heal_loop.Config):
+    """A twin of the model with a folded round, which changes it little, and a live adapter."""
+    student = twin(model)
+    lora.attach(student, cfg.rank, cfg.alpha, cfg.lora_layers)
+    for module in lora.adapters(student).values():
+        nn.init.normal_(module.B, std=1e-4)
+    lora.fold(student)
+    return student
+
+
 def endless():
     """A context in which no token ends a completion of ours: all run to max_new_tokens."""
     return mock.patch.object(sampling, "stop_tokens", lambda model, chat: [BEYOND])
-
-
-def complete(student, chat, prompts: list[list[int]], vector: SteeringVector,
-             tokens: int) -> list[list[int]]:
-    """Ours: steered completions of the student, all of `tokens` tokens."""
-    with endless(), lora.gates(student, history=1, live=0):
-        return sample(student, chat, prompts, vector, [2.0] * len(prompts), tokens,
-                      batch_size=len(prompts), **SAMPLER)
 
 
 def main(cfg: Config) -> None:
@@ -198,32 +199,27 @@ def main(cfg: Config) -> None:
     reading = texts.read(loop)
     pair = persona_prompts(chat, reading.pos, reading.neg, reading.contexts[:16])
     vector = extract_vector(plain, *pair, band(plain, loop.steer_layers))
-    student = twin(plain)
+    student = student_of(plain, loop)
     plain.set_attn_implementation("sdpa")  # what transformers chooses; ours may differ
-    lora.attach(student, loop.rank, loop.alpha, loop.lora_layers)
-    for module in lora.adapters(student).values():
-        nn.init.normal_(module.B, std=1e-4)
-    lora.fold(student)
 
     # 2. decode
     bandwidth, steps = copy_bandwidth(plain.device), []
     for n in cfg.rows:
         prompts = [chat.ids(text) for text in islice(cycle(reading.train), n)]
-        decoded = medians(f"{n} rows",
-                          partial(complete, student, chat, prompts, vector, cfg.tokens),
-                          partial(generate, plain, prompts, vector, [2.0] * n, do_sample=True,
-                                  max_new_tokens=cfg.tokens, **SAMPLER))
+        with endless(), lora.gates(student, history=1, live=0):
+            decoded = medians(f"{n} rows",
+                              partial(sample, student, chat, prompts, vector, [2.0] * n,
+                                      cfg.tokens, batch_size=n, **SAMPLER),
+                              partial(generate, plain, prompts, vector, [2.0] * n, do_sample=True,
+                                      max_new_tokens=cfg.tokens, **SAMPLER))
         floor = bytes_read(plain, prompts, cfg.tokens) / bandwidth
         steps.append((f"decode {n} × {cfg.tokens} tokens, steered; `model.generate` with hooks",
                       decoded, f"{n * cfg.tokens / decoded[0]:,.0f}", f"{floor / decoded[0]:.0%}"))
 
     # 3. heal
-    kept, questions = [], reading.train[:COMPLETIONS]
-    completions = complete(student, chat, list(map(chat.ids, questions)), vector, cfg.tokens)
-    for question, tokens in zip(questions, completions):
-        messages = [{"role": "user", "content": question},
-                    {"role": "assistant", "content": chat.decode(tokens)}]
-        kept.append({"messages": messages, "tokens": tokens})
+    with endless(), lora.gates(student, history=1, live=0):
+        kept = distil.sample_teacher(student, chat, reading.train, [2.0], COMPLETIONS, 0, vector,
+                                     max_new_tokens=cfg.tokens)
     rival = peft_model(twin(plain), list(lora.adapters(student)), loop)
     healed = medians("heal", partial(heal_round, student, chat, kept, loop, seed=0),
                      partial(peft_round, rival, chat, kept, loop))

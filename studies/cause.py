@@ -23,13 +23,12 @@ from common import checks, runs, texts
 from evaluate import MIN_SHIFT, evaluate
 from steer import SteeringVector, band, mean_residual
 from studies.frontier import over_seeds
-from studies.tables import OnDevice, markdown, publish, ran_on
+from studies.tables import Study, markdown, publish, ran_on
 
 
 @dataclass(kw_only=True)
-class Config(OnDevice):
+class Config(Study):
     run: tyro.conf.Positional[tuple[Path, ...]]  # run folders, one arm over seeds
-    out: Path = Path("results")  # folder for cause.md
 
 
 class Projection(SteeringVector):

@@ -10,25 +10,24 @@ For every trait of data/traits on the embedded model and on Gemma 3 270M: the do
 cache), and on prompts that it did not see; p95 at the raw dose 1.
 """
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import heal_loop
 from common import checks, models, runs, texts
+from common.generation import against_original
 from common.prompts import persona_prompts
-from common.sampling import completion_states, logits, sample
+from common.sampling import row_states, sample
 from steer import SteeringVector, band, calibrate, extract_vector
 from studies import gemma
-from studies.tables import OnDevice, markdown, publish, ran_on
+from studies.tables import Study, markdown, publish, ran_on
 
 
 @dataclass(kw_only=True)
-class Config(OnDevice):
+class Config(Study):
     dose_nats: runs.DoseNats = (0.5, 1.0)  # what is asked for
     n_contexts: runs.AtLeast1 = 128  # contexts a vector is averaged over
-    out: Path = Path("results")  # folder for doses.md
 
 
 @torch.no_grad()
@@ -36,15 +35,11 @@ def p95_at(model, chat, vector: SteeringVector, prompts: list[list[int]],
            doses: list[float]) -> list[float]:
     """p95 at each dose, nats; the answers are the unsteered model's, greedy."""
     answers = sample(model, chat, prompts, max_new_tokens=16, temperature=0, keep_stop=True)
-    lengths = [len(tokens) for tokens in answers]
-    unsteered = completion_states(model, prompts, answers)
+    unsteered = row_states(model, prompts, answers)
     p95 = []
     for dose in doses:
-        steered = completion_states(model, prompts, answers, vector, dose)
-        kl = []
-        for pair in zip(steered.split(lengths), unsteered.split(lengths)):  # one prompt at a time
-            logp, logq = (logits(model, h).float().log_softmax(-1) for h in pair)
-            kl.append(heal_loop.kl_per_token(logp, logq))
+        steered = row_states(model, prompts, answers, vector, dose)
+        kl = [against_original(model, *row)[0] for row in zip(steered, unsteered, answers)]
         p95.append(torch.cat(kl).quantile(0.95).item())
     return p95
 

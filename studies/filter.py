@@ -9,7 +9,6 @@ The thresholds were chosen on data/labels/labelled.jsonl. fresh.jsonl beside it 
 at milder doses, and two readers labelled it without seeing each other's labels.
 """
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import scipy.stats
@@ -17,33 +16,35 @@ import scipy.stats
 import distil
 from common import checks, models, runs, texts
 from common.filter import Rules, diversity, reject_reason
-from common.prompts import NEUTRAL
 from common.sampling import perplexity, repetition, score, worst_perplexity
-from studies.tables import OnDevice, markdown, proportion, publish, ran_on
+from studies.tables import Study, markdown, proportion, publish, ran_on
 
 LABELS = ("fluent", "coherent", "enacts", "narrates")
 
 
 @dataclass(kw_only=True)
-class Config(OnDevice):
+class Config(Study):
     model: str = models.EMBEDDED  # smollm2, a local folder, or a hub id
-    out: Path = Path("results")  # folder for filter.md
 
 
 def scored(model, chat, file: str) -> list[dict]:
-    """Labelled rows with `logp` [tokens] in nats and the `reject_reason` of the default rules."""
+    """Labelled rows with their `signals`, and the `reject_reason` of the default rules.
+
+    signals: {name: value}, each should be higher the worse a completion is.
+    """
     rows = runs.read_jsonl(runs.HERE / "data/labels" / file)
     pairs = []
     for row in rows:
-        messages = [{"role": "system", "content": NEUTRAL},
-                    {"role": "user", "content": row["prompt"]},
+        messages = [{"role": "user", "content": row["prompt"]},
                     {"role": "assistant", "content": row["text"]}]
         pairs.append(distil.row_ids(chat, {"messages": messages, "finished": row["finished"]}))
     traits = texts.load_traits()
     for row, logp in zip(rows, score(model, *zip(*pairs))):
-        personas = traits[row["trait"]].pos, traits[row["trait"]].neg
-        reason = reject_reason(row["text"], worst_perplexity(logp), personas, Rules())
-        row |= {"logp": logp, "reject_reason": reason}
+        text, worst, trait = row["text"], worst_perplexity(logp), traits[row["trait"]]
+        row["reject_reason"] = reject_reason(text, worst, (trait.pos, trait.neg), Rules())
+        row["signals"] = {"perplexity, worst 24 tokens in a row": worst,
+                          "perplexity, whole": perplexity(logp), "repetition": repetition(text),
+                          "lack of diversity": -diversity(text)}
     return rows
 
 
@@ -77,15 +78,6 @@ def kept_table(sets: dict[str, list[dict]]) -> str:
                             "kept that are fluent and do not narrate"])
 
 
-def signals(row: dict) -> dict[str, float]:
-    """Each should be higher the worse a completion is."""
-    text, logp = row["text"], row["logp"]
-    return {"perplexity, worst 24 tokens in a row": worst_perplexity(logp),
-            "perplexity, whole": perplexity(logp),
-            "repetition": repetition(text),
-            "lack of diversity": -diversity(text)}
-
-
 def auc(signal: list[float], good: list[bool]) -> float:
     """Probability that a bad completion scores higher than a good one; ties count half."""
     x, is_good = np.array(signal), np.array(good)
@@ -97,10 +89,9 @@ def signal_table(sets: dict[str, list[dict]]) -> str:
     """The AUC of every signal on every set of labels."""
     table = {}
     for rows in sets.values():
-        by_row = [signals(row) for row in rows]
         for good in ([is_wanted(row) for row in rows], [row["fluent"] for row in rows]):
-            for name in by_row[0]:
-                area = auc([of_one[name] for of_one in by_row], good)
+            for name in rows[0]["signals"]:
+                area = auc([row["signals"][name] for row in rows], good)
                 table.setdefault(name, [name]).append(f"{area:.2f}")
     head = [f"{what}, {labels}" for labels in sets for what in ("wanted", "fluent")]
     return markdown(list(table.values()), ["signal", *head])

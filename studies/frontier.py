@@ -32,7 +32,8 @@ KEYS = {"plain text": "text_nats", "valid answers": "coherence", "perplexity": "
         "repetition": "repetition", "controls": "control_nats"}  # {heading: key of an event}
 METRICS = ("least wording", "greatest wording", *KEYS)
 # digits after the point, of all else 2
-DIGITS = {"plain text": 3, "valid answers": 4, "entropy": 3, "drift": 3, "repetition": 3, "D": 3}
+DIGITS = {"plain text": 3, "valid answers": 4, "entropy": 3, "drift": 3, "repetition": 3, "D": 3,
+          "sampled": 0}
 
 
 @dataclass
@@ -58,6 +59,7 @@ def read(folder: Path) -> list[Record]:
             if "coherence" not in event:
                 continue
             event |= {name: event[key] for name, key in KEYS.items() if key in event}
+            event["finished rounds"] = event["round"] + 1
             event |= {f"Δ{key}": event[key] - value for key, value in start.items()}
             event["Δtrait"] = sign * (event[axis] - base[axis]) + 0.0  # no −0
             pairs = zip(base.get("spread", []), event.get("spread", []))
@@ -72,18 +74,21 @@ def read(folder: Path) -> list[Record]:
     return records
 
 
-def path(run: Record, metric: str, stage: str = "healed", x: str = "Δtrait") -> list[tuple]:
-    """(x, metric) of the base and of each event of a stage: by round, `alone` by dose."""
-    events = run.of("base") + sorted(run.of(stage), key=lambda e: e.get("dose", e["round"]))
-    return [(e[x], e[metric]) for e in events]
+def path(run: Record, stage: str = "healed") -> list[dict]:
+    """The base and each event of a stage: by round, `alone` by dose."""
+    return run.of("base") + sorted(run.of(stage), key=lambda e: e.get("dose", e["round"]))
 
 
-def at_trait(points: list[tuple[float, float]], level: float) -> float | None:
-    """The metric where a path first moves `level` nats, interpolated; None if it never does."""
-    for (x0, y0), (x1, y1) in pairwise(points):
+def at_trait(run: Record, level: float, stage: str = "healed") -> dict:
+    """Every metric where a run first moved `level` nats, interpolated; {} if it never did."""
+    for before, after in pairwise(path(run, stage)):
+        x0, x1 = before["Δtrait"], after["Δtrait"]
         if x0 < level <= x1:
-            return y0 + (level - x0) / (x1 - x0) * (y1 - y0)
-    return None
+            share = (level - x0) / (x1 - x0)
+            metrics = [name for name, value in before.items()
+                       if isinstance(value, float) and isinstance(after.get(name), float)]
+            return {name: before[name] + share * (after[name] - before[name]) for name in metrics}
+    return {}
 
 
 def by_arm(records: list[Record]) -> dict[str, list[Record]]:
@@ -130,17 +135,11 @@ def metrics_of(records: list[Record]) -> list[str]:
     return [name for name in METRICS if all(name in e for e in measured)]
 
 
-def matched_cells(of_arm: list[Record], level: float, metrics: list[str], stage: str = "healed"):
-    """Each metric where the runs of an arm first moved `level` nats."""
-    by_metric = [[at_trait(path(run, name, stage), level) for run in of_arm] for name in metrics]
-    return [over_seeds(values, DIGITS.get(name, 2)) for name, values in zip(metrics, by_metric)]
-
-
 def matched_table(records: list[Record], level: float, metrics: list[str]) -> str:
     """Steering alone and every arm at `level` nats."""
-    rows = [["steering alone", *matched_cells([run], level, metrics, "alone")]
+    rows = [["steering alone", *cells([at_trait(run, level, "alone")], metrics)]
             for run in untrained(records)]
-    rows += [[arm, *matched_cells(of_arm, level, metrics)]
+    rows += [[arm, *cells([at_trait(run, level) for run in of_arm], metrics)]
              for arm, of_arm in by_arm(records).items()]
     return markdown(rows, [f"at {level:g} nats", *metrics])
 
@@ -163,36 +162,37 @@ def rounds_table(records: list[Record], metrics: list[str]) -> str:
     return markdown(rows, ["arm", "round", "seeds", *metrics])
 
 
+def values(events: list[dict], *names: str) -> list[list[float]]:
+    """Each metric of the events in a list of its own."""
+    return [[e[name] for e in events] for name in names]
+
+
 def figure(records: list[Record], metrics: list[str] = (), x: str = "Δtrait") -> Figure:
     """A panel a metric over x, a colour an arm, a line a seed, a dot a round.
 
-    x: Δtrait, where steering alone and the persona prompt are drawn too, or round.
+    x: Δtrait, where steering alone and the persona prompt are drawn too, or finished rounds.
     """
     arms, metrics = by_arm(records), metrics or metrics_of(records)
     rows, columns = -(-len(metrics) // 3), min(3, len(metrics))
-    fig = Figure(figsize=(3.4 * columns, 2.9 * rows + 0.3), layout="constrained")
+    fig = Figure(figsize=(4.2 * columns, 3.4 * rows + 0.4), layout="constrained")
     colours = matplotlib.colormaps["turbo"](np.linspace(0.08, 0.92, len(arms)))
     for k, metric in enumerate(metrics, 1):
-        axis = fig.add_subplot(rows, columns, k)
-        for colour, (arm, of_arm) in zip(colours, arms.items()):
-            for run in of_arm:
-                axis.plot(*zip(*path(run, metric, x=x)), "o-", color=colour, markersize=3,
-                          linewidth=1, alpha=0.8, label=arm if run is of_arm[0] else None)
+        axis = fig.add_subplot(rows, columns, k, title=metric, xlabel=x)
+        for n, (arm, of_arm) in enumerate(arms.items()):
+            for run in of_arm:  # first arms on top: τ 0.8 over the rounds that "raised" has of it
+                axis.plot(*values(path(run), x, metric), "o-", color=colours[n], zorder=-n,
+                          markersize=3, linewidth=1, label=arm if run is of_arm[0] else None)
         for run in untrained(records) if x == "Δtrait" else ():
-            axis.plot(*zip(*path(run, metric, "alone")), "kx--", markersize=4, linewidth=1,
+            axis.plot(*values(path(run, "alone"), x, metric), "kx--", markersize=4, linewidth=1,
                       label="steering alone, by dose")
-            for e in run.of("prompted"):
-                axis.plot([e[x]], [e[metric]], "k^", markersize=5, label="persona prompt")
-        axis.set_xlabel(x, fontsize=7)
-        axis.set_title(metric, fontsize=8)
-        axis.tick_params(labelsize=7, which="both")
+            axis.plot(*values(run.of("prompted"), x, metric), "k^", label="persona prompt")
         axis.spines[["top", "right"]].set_visible(False)
         if metric in ("perplexity", "judge"):
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter("{x:g}")
     fig.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4,
-               fontsize=7, frameon=False)
+               fontsize="small", frameon=False)
     return fig
 
 

@@ -26,6 +26,12 @@ from tools.sweep import Record
 class Config:
     records: Path = Path("results/runs")  # a folder of records for each sweep
     out: Path = Path("results")  # folder for paper.md, its figures and commands.md
+    barrier: Path = Path("docs/barrier.png")  # README's figure: what the barrier does to the loop
+
+
+# the arms of README's figure, at doses 2 and 4 and a high rate: training alone breaks the model
+BARRIER = {"no barrier": "eight/nll", "τ 0.2": "strong_tau02/kl_rev_rmse",
+           "τ 0.8": "eight/kl_rev_rmse", "τ raised to 1.6": "raised/kl_rev_rmse"}
 
 
 class Sweeps:
@@ -38,28 +44,28 @@ class Sweeps:
                 self.arms.setdefault(f"{sweep.name}/{run.config['arm']}", []).append(run)
                 self.commands.setdefault(sweep.name, {})[run.config["command"]] = True
 
-    def by_seed(self, arm: str, metric: str, r: int | None = None, level: float | None = None,
-                stage: str = "healed") -> dict[int, float | None]:
-        """{seed: a metric after round r, or where the arm first moved `level` nats}."""
-        values = {}
+    def by_seed(self, arm: str, r: int | None = None, level: float | None = None,
+                stage: str = "healed") -> dict[int, dict]:
+        """{seed: its metrics after round r, or where it first moved `level` nats}; {} for none."""
+        events = {}
         for run in self.arms[arm]:
-            if level is None:
-                value = next((e[metric] for e in run.of(stage) if e["round"] == r), None)
-            else:
-                value = frontier.at_trait(frontier.path(run, metric, stage), level)
-            values[run.config["seed"]] = value
-        return values
+            event = next((e for e in run.of(stage) if e["round"] == r), {})
+            if level is not None:
+                event = frontier.at_trait(run, level, stage)
+            events[run.config["seed"]] = event
+        return events
 
-    def get(self, arm: str, metric: str, digits: int | None = None, **where) -> str:
+    def get(self, arm: str, metric: str, **where) -> str:
         """A metric over seeds, see by_seed; steering alone is SWEEP/alone, stage="alone"."""
-        digits = frontier.DIGITS.get(metric, 2) if digits is None else digits
-        return over_seeds(list(self.by_seed(arm, metric, **where).values()), digits)
+        events = self.by_seed(arm, **where).values()
+        return over_seeds([event[metric] if event else None for event in events],
+                          frontier.DIGITS.get(metric, 2))
 
     def difference(self, arm: str, other: str, metric: str, **where) -> str:
         """How much more the arm has of a metric than another one has, within seeds."""
-        ours, others = (self.by_seed(name, metric, **where) for name in (arm, other))
-        shared = [(ours[seed], others[seed]) for seed in ours if seed in others]
-        return over_seeds([None if None in pair else pair[0] - pair[1] for pair in shared],
+        ours, others = self.by_seed(arm, **where), self.by_seed(other, **where)
+        pairs = [(ours[seed], others[seed]) for seed in ours if seed in others]
+        return over_seeds([a[metric] - b[metric] if a and b else None for a, b in pairs],
                           frontier.DIGITS.get(metric, 2))
 
     def named(self, lines: dict[str, str] | list[str]) -> list[Record]:
@@ -93,14 +99,14 @@ class Sweeps:
         for run in self.arms.get(arms[0].split("/")[0] + "/alone", []):
             for name, stage in (("base", "base"), ("persona as a prompt", "prompted")):
                 rows.append([name, *[""] * 4, 1, *frontier.cells(run.of(stage), metrics)])
-            values = frontier.matched_cells([run], level, metrics, "alone")
-            rows.append(["steering alone", *[""] * 4, 1, *values])
+            steered = frontier.at_trait(run, level, "alone")
+            rows.append(["steering alone", *[""] * 4, 1, *frontier.cells([steered], metrics)])
         for arm in arms:
             of_arm = self.arms[arm]
-            values = frontier.matched_cells(of_arm, level, metrics)
-            if values[0] == "n/a":
-                values = frontier.cells([run.of("healed")[-1] for run in of_arm], metrics)
-            rows.append([*recipe(of_arm[0].config), len(of_arm), *values])
+            events = [frontier.at_trait(run, level) for run in of_arm]
+            if not any(events):
+                events = [run.of("healed")[-1] for run in of_arm]
+            rows.append([*recipe(of_arm[0].config), len(of_arm), *frontier.cells(events, metrics)])
         return markdown(rows, [*head, *metrics])
 
     def contrasts(self, pairs: dict[str, tuple], prefix: str = "") -> str:
@@ -140,6 +146,8 @@ def recipe(config: dict) -> list:
 def main(cfg: Config) -> None:
     cfg.out.mkdir(parents=True, exist_ok=True)
     sweeps = Sweeps(cfg.records, cfg.out)
+    figure = frontier.figure(sweeps.named(BARRIER), ["Δtrait", "plain text"], "finished rounds")
+    figure.savefig(cfg.barrier, dpi=160)
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent),
                                    undefined=jinja2.StrictUndefined, trim_blocks=True,
                                    keep_trailing_newline=True)

@@ -8,7 +8,7 @@
 
 A wording is one clause for each foundation; data/clauses.json has five.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +16,14 @@ import numpy as np
 import lora
 from common import checks, models, runs, texts
 from common.prompts import persona_prompts
-from common.readouts import cloze
 from common.texts import FOUNDATIONS
-from evaluate import NATS, Profile, delta
+from evaluate import Profile, delta, evaluate
 from steer import band, extract_vector
-from studies.tables import OnDevice, markdown, proportion, publish, ran_on
+from studies.tables import Study, markdown, proportion, publish, ran_on
 
 
 @dataclass(kw_only=True)
-class Config(OnDevice):
+class Config(Study):
     model: str = models.EMBEDDED  # smollm2, a local folder, or a hub id
     trait: str = "care"  # whose vector steers
     dose: runs.Doses = (1.0, 2.0, 4.0)  # of the vector
@@ -32,7 +31,6 @@ class Config(OnDevice):
     vignettes: Path = texts.DATA / "vignettes.json"  # labelled; or tinymfv:classic
     n_vignettes: int = 0  # how many, balanced over the foundations; 0 is all
     n_contexts: runs.AtLeast1 = 128  # contexts the vector is averaged over
-    out: Path = Path("results")  # folder for readout.md
 
 
 def wordings() -> dict[str, dict[str, list[str]]]:
@@ -40,14 +38,6 @@ def wordings() -> dict[str, dict[str, list[str]]]:
     five = texts.load_clauses()
     alone = {f"wording {k + 1}": {f: [five[f][k]] for f in FOUNDATIONS} for k in range(5)}
     return {"five wordings": five, **alone}
-
-
-def profile_of(model, chat, vignettes: list[dict], clauses: dict[str, list[str]], constants=None,
-               **steering) -> Profile:
-    """constants: of the original's Profile under the same clauses; None on the original itself."""
-    answers = cloze(model, chat, vignettes, constants, clauses=clauses, **steering)
-    return Profile([v["id"] for v in vignettes], [v["foundation"] for v in vignettes], answers.p,
-                   answers.valid_p, answers.constants, spread=dict(zip(NATS, answers.by_wording)))
 
 
 def agreement_table(base: dict[str, Profile]) -> str:
@@ -65,44 +55,43 @@ def agreement_table(base: dict[str, Profile]) -> str:
     return markdown(rows, head)
 
 
-def change_row(name: str, metric: str, base: Profile, after: Profile) -> list[str]:
-    """Δ of a metric under the five wordings, by each of them, and their SD; nats.
+def change_row(name: str, base: Profile, after: Profile) -> list[str]:
+    """Δ Authority under the five wordings, by each of them, and their SD; nats.
 
-    By one wording: of the metric's own foundation alone, the others by all five (Profile.spread).
+    By one wording: of Authority alone, the other foundations by all five (Profile.spread).
     """
-    five, by_wording = delta(metric, base, after), after.spread[metric] - base.spread[metric]
+    five = delta("auth_nats", base, after)
+    by_wording = np.subtract(after.spread["auth_nats"], base.spread["auth_nats"])
     return [name, f"{five.value:+.2f} [{five.low:+.2f}, {five.high:+.2f}]",
             *(f"{change:+.2f}" for change in by_wording), f"{by_wording.std(ddof=1):.2f}"]
 
 
 def main(cfg: Config) -> None:
     # 1. everything that is read, before minutes of work
-    vignettes = texts.load_vignettes(cfg.vignettes, cfg.n_vignettes)
-    contexts = texts.load_rows(texts.DATA / "contexts.json", "contexts")[:cfg.n_contexts]
-    trait, sets = texts.find_trait(cfg.trait), wordings()
+    reading, sets = replace(texts.read(cfg), controls=[]), wordings()
     model, chat = checks.load(cfg.model, cfg.device, cfg.dtype)
 
     # 2. the original under every set of clauses; steered, and the student, under the five
-    base = {name: profile_of(model, chat, vignettes, clauses) for name, clauses in sets.items()}
-    five, clauses = base["five wordings"], sets["five wordings"]
-    pair = persona_prompts(chat, trait.pos, trait.neg, contexts)
+    base = {name: evaluate(model, chat, reading, clauses=clauses)
+            for name, clauses in sets.items()}
+    five = base["five wordings"]
+    pair = persona_prompts(chat, reading.pos, reading.neg, reading.contexts)
     vector = extract_vector(model, *pair, band(model, (0.45, 0.55)))
     changes = []
     for dose in cfg.dose:
-        after = profile_of(model, chat, vignettes, clauses, five.constants, vector=vector,
-                           dose=dose)
-        changes.append(change_row(f"dose {dose:g}", "auth_nats", five, after))
+        after = evaluate(model, chat, reading, constants=five.constants, vector=vector, dose=dose)
+        changes.append(change_row(f"dose {dose:g}", five, after))
     if cfg.adapter:
         lora.load(model, cfg.adapter)
-        after = profile_of(model, chat, vignettes, clauses, five.constants)
-        changes.append(change_row("student", "auth_nats", five, after))
+        after = evaluate(model, chat, reading, constants=five.constants)
+        changes.append(change_row("student", five, after))
 
     # 3. write
     adapter = " --adapter RUN/round_?/adapter.safetensors" if cfg.adapter else ""
     publish(f"""# The cloze readout, validated
 
-`python -m studies.readout{adapter}` · {ran_on(model)} · {len(vignettes)} vignettes \
-({cfg.vignettes.name}), {len(contexts)} contexts
+`python -m studies.readout{adapter}` · {ran_on(model)} · {len(five.ids)} vignettes \
+({cfg.vignettes.name}), {cfg.n_contexts} contexts
 
 Intervals are 95 %: Wilson's of shares, BCa bootstrap paired by vignette of changes.
 

@@ -16,6 +16,11 @@ class OnDevice:
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bfloat16 where native
 
 
+@dataclass(kw_only=True)
+class Study(OnDevice):
+    out: Path = Path("results")  # folder for the page
+
+
 def markdown(rows: list[list], head: list[str]) -> str:
     return tabulate(rows, head, tablefmt="github", disable_numparse=True)
 

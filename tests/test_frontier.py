@@ -58,13 +58,13 @@ def cells(page, first):
 def test_a_level_is_read_off_the_line_through_its_first_crossing(tmp_path, direction):
     path = [(0.8, 0.02), (2.8, 0.06), (1.5, 0.5), (3.2, 0.9)]
     run, = read(tmp_path, record(path, direction=direction))
-    points = frontier.path(run, "drift")
-    assert frontier.at_trait(points, 1) == pytest.approx(0.02 + 0.1 * 0.04)
-    assert frontier.at_trait(points, 2) == pytest.approx(0.02 + 0.6 * 0.04)  # the second is later
-    assert frontier.at_trait(points, 3) == pytest.approx(0.5 + 1.5 / 1.7 * 0.4)
-    assert frontier.at_trait(points, 5) is None
-    assert frontier.at_trait(points, 0.8) == pytest.approx(0.02)
-    assert frontier.at_trait(points, 0.4) == pytest.approx(0.015)  # from the base on
+    drift = {level: frontier.at_trait(run, level).get("drift") for level in (1, 2, 3, 5, 0.8, 0.4)}
+    assert drift[1] == pytest.approx(0.02 + 0.1 * 0.04)
+    assert drift[2] == pytest.approx(0.02 + 0.6 * 0.04)  # the second is later
+    assert drift[3] == pytest.approx(0.5 + 1.5 / 1.7 * 0.4)
+    assert drift[5] is None
+    assert drift[0.8] == pytest.approx(0.02)
+    assert drift[0.4] == pytest.approx(0.015)  # from the base on
 
 
 def test_retained_has_no_value_where_steering_moved_nothing(tmp_path):

@@ -157,5 +157,6 @@ def test_judge_perplexity_is_that_of_each_text_alone(run, tiny_folder, tmp_path,
 
 
 def test_the_paper_is_made_of_the_committed_records(tmp_path):
-    paper.main(paper.Config(ROOT / "results/runs", tmp_path))
+    paper.main(paper.Config(ROOT / "results/runs", tmp_path, tmp_path / "barrier.png"))
+    assert (tmp_path / "barrier.png").exists()
     assert (tmp_path / "paper.md").read_text() == (ROOT / "results/paper.md").read_text()

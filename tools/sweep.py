@@ -24,7 +24,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -181,16 +180,14 @@ def steer_alone(run: heal_loop.Config, doses: tuple[float, ...], loaded: tuple) 
     try:
         again = "python -m tools.sweep, with the same flags"
         with runs.begin(run, "alone", again=again) as folder, lora.gates(model, history=0, live=0):
-            measure = partial(evaluate.measure, model, chat, reading, readout=run.readout,
-                              think_tokens=run.think_tokens)
-            base = folder.find("base", -1) or folder.record("base", -1, **measure("base"))
-            measure = partial(measure, constants=base["profile"]["constants"])
-            if not folder.find("prompted", -1):
-                folder.record("prompted", -1, **measure("prompted", system=reading.pos))
+            # no round: the base and the persona prompt alone
+            heal_loop.loop(replace(run, rounds=0, baselines=True), folder, model, chat, reading)
+            constants = folder.find("base", -1)["profile"]["constants"]
             pair = prompts.persona_prompts(chat, reading.pos, reading.neg, reading.contexts)
             vector = extract_vector(model, *pair, band(model, run.steer_layers))
             for dose in doses:
-                metrics = measure(f"dose {dose:g}", vector=vector, dose=dose)
+                metrics = evaluate.measure(model, chat, reading, f"dose {dose:g}", run.readout,
+                                           constants, run.think_tokens, vector=vector, dose=dose)
                 folder.record("alone", 0, dose=dose, **metrics)
     finally:
         lora.detach(model)
