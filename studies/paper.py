@@ -89,14 +89,14 @@ class Sweeps:
         metrics = frontier.metrics_of(self.named(arms))
         return [name for name in metrics if name not in ("drift", "repetition", "judge")]
 
-    def recipes(self, arms: list[str], level: float) -> str:
-        """A table: what is not trained, and every arm where it first moved `level` nats.
+    def recipes(self, arms: list[str], alone: str, level: float) -> str:
+        """A table: what is not trained (alone), and every arm where it first moved `level` nats.
 
         An arm that never got so far stands as it was after its last round.
         """
         metrics = ["Δtrait", *self.metrics(arms)]
         head, rows = ["teacher", "targets", "sampler", "barrier", "rounds", "seeds"], []
-        for run in self.arms.get(arms[0].split("/")[0] + "/alone", []):
+        for run in self.arms.get(alone, []):
             for name, stage in (("base", "base"), ("persona as a prompt", "prompted")):
                 rows.append([name, *[""] * 4, 1, *frontier.cells(run.of(stage), metrics)])
             steered = frontier.at_trait(run, level, "alone")
