@@ -69,11 +69,8 @@ def write_text(path, text: str) -> None:
 
 def to_jsonl(rows: list[dict]) -> str:
     """One line a row; NaN and infinity, for which JSON has no word, become null."""
-    lines = []
-    for row in rows:
-        row = json.loads(json.dumps(row), parse_constant=lambda name: None)
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    return "".join(lines)
+    rows = json.loads(json.dumps(rows), parse_constant=lambda name: None)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_jsonl(path, torn: bool = False) -> list:
@@ -403,9 +400,8 @@ def copy_for_fork(source: Path, at: int, folder: Path) -> None:
     for r in range(at):
         shutil.copytree(source / f"round_{r}", folder / f"round_{r}")
     forked = folder / f"forked_round_{at}"
-    forked.mkdir()
-    for name in ("vector.safetensors", "sampled.jsonl", "kept.jsonl"):
-        shutil.copyfile(source / f"round_{at}" / name, forked / name)
+    healed = shutil.ignore_patterns("adapter.safetensors", "events.jsonl")
+    shutil.copytree(source / f"round_{at}", forked, ignore=healed)
 
     # 2. the events of both, those of no round, and where all this is from
     events = read_events(source)
@@ -435,9 +431,8 @@ def is_free(folder: Path) -> bool:
         path.name == "lock" or path.suffix == ".tmp" for path in folder.iterdir())
 
 
-@contextlib.contextmanager
-def locked(folder: Path):
-    """No other process works in it meanwhile. Raises ValueError where one does."""
+def locked(folder: Path) -> FileLock:
+    """The folder's lock, taken. Raises ValueError where another process has it."""
     lock = FileLock(folder / "lock")
     try:
         lock.acquire(timeout=0)
@@ -447,10 +442,7 @@ def locked(folder: Path):
     except (NotImplementedError, OSError) as e:  # some file systems have none
         print(f"cannot lock {folder} ({e}): two processes in it are not kept apart",
               file=sys.stderr)
-    try:
-        yield
-    finally:
-        lock.release()
+    return lock
 
 
 @contextlib.contextmanager
@@ -486,16 +478,16 @@ def begin(config, name: str, downstream: tuple[str, ...] = (), again: str = ""):
 
     # 2. locked and filled
     again = again or f"python heal_loop.py --resume {folder}"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = locked(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            if not config.resume:
-                start(config, folder)
-            run = Run(folder)
-            here = machine(config.device)
-            if here not in [e["name"] for e in run.events if e["stage"] == "machine"][-1:]:
-                run.record("machine", -1, name=here)  # anew where it goes on somewhere else
-            yield run
+        if not config.resume:
+            start(config, folder)
+        run = Run(folder)
+        here = machine(config.device)
+        if here not in [e["name"] for e in run.events if e["stage"] == "machine"][-1:]:
+            run.record("machine", -1, name=here)  # anew where it goes on somewhere else
+        yield run
 
     # 3. what goes wrong in here, with the command that goes on
     except (OSError, SafetensorError, torch.OutOfMemoryError) as e:
@@ -508,3 +500,5 @@ def begin(config, name: str, downstream: tuple[str, ...] = (), again: str = ""):
     except KeyboardInterrupt:
         print(f"\ninterrupted; go on with: {again}", file=sys.stderr)
         raise
+    finally:
+        lock.release()

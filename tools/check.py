@@ -35,10 +35,10 @@ from tools import export
 def gradient(model, rows) -> float:
     """Of the completions' log-probabilities, at the parameters of the first block."""
     block, gradients = model.get_decoder().layers[0].requires_grad_(True), []
+    targets = [token for row, n in zip(rows, checks.ANSWERS) for token in row[-n:]]
     for function in (scored_logp, plain_scored):
-        losses = [logp[range(n), row[-n:]].sum()
-                  for logp, row, n in zip(function(model, rows), rows, checks.ANSWERS)]
-        parts = torch.autograd.grad(sum(losses), list(block.parameters()), allow_unused=True)
+        loss = function(model, rows)[range(len(targets)), targets].sum()
+        parts = torch.autograd.grad(loss, list(block.parameters()), allow_unused=True)
         gradients.append(torch.cat([g.float().flatten() for g in parts if g is not None]))
     block.requires_grad_(False)
     ours, plain = gradients
@@ -77,10 +77,10 @@ def peft(model, rows) -> float:
                 m.B.normal_(std=0.1)
             lora.fold(student)
         export.export_peft(student, out)
-        expected = torch.cat(plain_scored(student, rows))
+        expected = plain_scored(student, rows)
         lora.detach(student)
         student = PeftModel.from_pretrained(student, out, trust_remote_code=False)
-        return off(model, torch.cat(plain_scored(student, rows)), expected)
+        return off(model, plain_scored(student, rows), expected)
 
 
 CHECKS = {**checks.QUICK, "gradient": gradient, "attention": attention, "stream": streamed,
