@@ -8,7 +8,6 @@ A trait is ONE file: data/traits/NAME.json, or your own (docs/traits.md says how
 Every mistake in a file is a ValueError of one line: the file, the entry and field, and a fix.
 """
 import importlib.util
-import json
 from dataclasses import dataclass, field, replace
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -18,7 +17,7 @@ from annotated_types import MinLen
 from pydantic import AfterValidator, ConfigDict, FiniteFloat
 from typing_extensions import TypedDict  # pydantic's own, before Python 3.12
 
-from common.command import checked, read_text
+from common.runs import checked, read_json
 
 DATA = Path(__file__).parent.parent / "data"
 FOUNDATIONS = ("Care", "Fairness", "Loyalty", "Authority", "Sanctity", "Liberty", "SocialNorms")
@@ -82,18 +81,6 @@ class Trait:
         if len(with_probes) == 2:
             raise ValueError("'readout' probe, 'axis' probe_nats and 'probes' go together: "
                              "all three or none")
-
-
-def read_json(path) -> dict:
-    """The JSON object in a UTF-8 file. Raises OSError where there is no such file."""
-    try:
-        found = json.loads(read_text(path))
-        json.dumps(found, allow_nan=False)  # Python reads NaN and Infinity; JSON has neither
-    except (ValueError, RecursionError) as e:
-        if "fix:" in str(e):
-            raise
-        raise ValueError(f"{path} is malformed ({e}); fix: make it valid JSON") from None
-    return checked(dict, found, f"{path}: ")
 
 
 def load_rows(path, key: str, kind=Text) -> list:

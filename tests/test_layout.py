@@ -11,7 +11,7 @@ from common.prompts import persona_prompts
 from conftest import ROOT, python
 
 # from what stands alone to what is made from it: each imports from its own line and those above
-ORDER = [["steer", "lora"], ["common.command"], ["common.prompts", "common.models", "common.runs"],
+ORDER = [["steer", "lora"], ["common.prompts", "common.models", "common.runs"],
          ["common.texts", "common.sampling"],
          ["common.readouts", "common.generation", "common.checks", "common.filter"],
          ["distil", "evaluate"], ["heal_loop"], ["tools", "studies", "docs"]]

@@ -108,7 +108,7 @@ def test_a_trait_of_ones_own_is_a_file_and_paths_may_be_text(tiny_folder, tmp_pa
     command(monkeypatch, "heal_loop", *flags(tiny_folder), "--trait", "mine.json", "--out", "a",
             "--dose-nats", 1e-4, "--ref", "good")
     config = json.loads(Path("a/config.json").read_text())
-    assert config["given"] == {"trait": "mine.json"} and config["trait"].startswith("./")
+    assert config["trait"].startswith("./") and config["trait"].endswith("/mine.json")
     healed = [e for e in runs.read_events(Path("a")) if e["stage"] == "healed"]
     assert len(healed[0]["profile"]["probes"]) == 2 and "probe_nats" in healed[0]
     assert "probes (nats" in Path("a/report.html").read_text("utf-8")

@@ -15,7 +15,6 @@ or a switch of long rope; and
 Errors are the largest: of log-probabilities in nats, of gradients relative to their norm.
 """
 import copy
-import json
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -35,10 +34,10 @@ from tools import export
 def gradient(model, rows) -> float:
     """Of the completions' log-probabilities, at the parameters of the first block."""
     block, gradients = model.get_decoder().layers[0].requires_grad_(True), []
+    targets = [token for row, n in zip(rows, checks.ANSWERS) for token in row[-n:]]
     for function in (scored_logp, plain_scored):
-        losses = [logp[range(n), row[-n:]].sum()
-                  for logp, row, n in zip(function(model, rows), rows, checks.ANSWERS)]
-        parts = torch.autograd.grad(sum(losses), list(block.parameters()), allow_unused=True)
+        loss = function(model, rows)[range(len(targets)), targets].sum()
+        parts = torch.autograd.grad(loss, list(block.parameters()), allow_unused=True)
         gradients.append(torch.cat([g.float().flatten() for g in parts if g is not None]))
     block.requires_grad_(False)
     ours, plain = gradients
@@ -77,10 +76,10 @@ def peft(model, rows) -> float:
                 m.B.normal_(std=0.1)
             lora.fold(student)
         export.export_peft(student, out)
-        expected = torch.cat(plain_scored(student, rows))
+        expected = plain_scored(student, rows)
         lora.detach(student)
         student = PeftModel.from_pretrained(student, out, trust_remote_code=False)
-        return off(model, torch.cat(plain_scored(student, rows)), expected)
+        return off(model, plain_scored(student, rows), expected)
 
 
 CHECKS = {**checks.QUICK, "gradient": gradient, "attention": attention, "stream": streamed,
@@ -112,7 +111,7 @@ def every_check(model, ids: list[int]) -> dict[str, float]:
 def architectures() -> dict[str, dict]:
     """{name: {class, config, parts, expect}}, the settings that all share filled in."""
     file = Path(__file__).parent.parent / "data/architectures.json"
-    table = json.loads(file.read_text(encoding="utf-8"))
+    table = runs.read_json(file)
     for entry in table["architectures"].values():
         settings = table["base"] | entry.get("config", {})
         entry["config"] = {key: value for key, value in settings.items() if value is not None}

@@ -8,7 +8,6 @@ It writes trajectory.png, map.html and report.html, whose page is the template r
 """
 import base64
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -241,7 +240,7 @@ def draw(run: Path) -> list[dict]:
     if not points:
         raise ValueError(f"{run / 'events.jsonl'} holds no evaluation; fix: give the --out of "
                          "heal_loop.py, once the base is evaluated")
-    config = json.loads(runs.read_text(run / "config.json"))
+    config = runs.read_json(run / "config.json")
     vectors = [SteeringVector.load(run / f"round_{r}/vector.safetensors")
                for r in range(runs.rounds_done(run))]
     # everything is made before the first file is written; the page escapes model text

@@ -276,7 +276,7 @@ def slim(event: dict) -> dict:
 
 def record(run: Path, **labels) -> Record:
     """The record of a run folder. labels: what its settings do not say, such as the arm."""
-    settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    settings = runs.read_json(run / "config.json")
     return Record(run.name, {**labels, **settings}, [slim(e) for e in runs.read_events(run)])
 
 
