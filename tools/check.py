@@ -17,6 +17,7 @@ Errors are the largest: of log-probabilities in nats, of gradients relative to t
 import copy
 import tempfile
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ import transformers
 import lora
 from common import checks, models, runs
 from common.checks import off, plain_logp, plain_scored, scored_logp, token_rows
-from common.sampling import stream
+from common.sampling import stream, training
 from tools import export
 
 
@@ -35,8 +36,9 @@ def gradient(model, rows) -> float:
     """Of the completions' log-probabilities, at the parameters of the first block."""
     block, gradients = model.get_decoder().layers[0].requires_grad_(True), []
     targets = [token for row, n in zip(rows, checks.ANSWERS) for token in row[-n:]]
-    for function in (scored_logp, plain_scored):
-        loss = function(model, rows)[range(len(targets)), targets].sum()
+    for function, context in ((scored_logp, training(model)), (plain_scored, nullcontext())):
+        with context:  # healing's own attention against the usual one
+            loss = function(model, rows)[range(len(targets)), targets].sum()
         parts = torch.autograd.grad(loss, list(block.parameters()), allow_unused=True)
         gradients.append(torch.cat([g.float().flatten() for g in parts if g is not None]))
     block.requires_grad_(False)
