@@ -1,6 +1,8 @@
 """Batched decoding and scoring against transformers and against plain passes, row by row."""
 import functools
+import itertools
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -175,20 +177,23 @@ def test_score_is_the_log_probability_of_each_completion_token(name, share, monk
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral"])
-def test_sharing_prompts_changes_neither_states_nor_gradients(name, monkeypatch):
+def test_neither_sharing_prompts_nor_healings_attention_changes_gradients(name, monkeypatch):
     model = tiny(name)
     lora.attach(model, rank=2, layers=(0, 1), targets=("q_proj", "v_proj", "o_proj"))
     for m in lora.adapters(model).values():
         m.B.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     ps, cs = [prompts(1)[0]] * 2 + prompts(3), [c or [9] for c in ANSWERS]
     results = []
-    for share in (True, False):
+    for share, context in itertools.product((True, False), (nullcontext, sampling.training)):
         monkeypatch.setattr(sampling, "shares_prompts", lambda model, prompts: share)
-        states = completion_states(model, ps, cs)
-        gradients = torch.autograd.grad(states.sin().sum(), lora.live_parameters(model))
+        with context(model):
+            states = completion_states(model, ps, cs)
+            gradients = torch.autograd.grad(states.sin().sum(), lora.live_parameters(model))
         results.append((states, *gradients))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+    assert model.config._attn_implementation == "sdpa"
+    for result in results[1:]:
+        for a, b in zip(results[0], result, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
 
 
 def test_a_row_on_one_side_of_a_long_rope_switch_is_scored_alone():
