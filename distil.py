@@ -90,20 +90,16 @@ def judge(model, chat: Chat, rows: list[dict], personas: tuple[str, str],
     return judged
 
 
-class TooFewKept(runs.Ended):
-    """Too few completions pass the rules, at any dose that was tried."""
-
-
 def collect(model, chat: Chat, train: list[str], personas: tuple[str, str], rules: Rules,
-            doses: list[float], n_keep: int, seed: int, folder: Path, batch: int = 96,
-            max_batches: int = 8, **teacher) -> tuple[list[dict], list[dict]]:
-    """Sample and judge in batches until n_keep are kept; -> (kept, all rows).
+            doses: list[float], n_keep: int, seed: int, folder: Path, max_batches: int = 8,
+            **teacher) -> tuple[list[dict], list[dict]]:
+    """Sample and judge in batches of twice n_keep until these are kept; -> (kept, all rows).
 
     They go into `folder` as kept.jsonl and sampled.jsonl, the latter in any case. teacher: as in
-    `sample_teacher`. Raises TooFewKept after max_batches, naming the rule that dropped most.
+    `sample_teacher`. Raises runs.Ended after max_batches, naming the rule that dropped most.
     """
     doses_now, sampled = list(doses), []
-    batch = min(batch, 2 * len(doses) * math.ceil(n_keep / len(doses)))
+    batch = 2 * len(doses) * math.ceil(n_keep / len(doses))
     for n in range(max_batches):
         # 1. a batch, every prompt at each dose, with its reject reasons
         new = sample_teacher(model, chat, train, doses_now, batch, seed + n, **teacher)
@@ -122,16 +118,16 @@ def collect(model, chat: Chat, train: list[str], personas: tuple[str, str], rule
             reasons = [row["reject_reason"] for row in new if row["slot"] == k]
             if reasons.count("kept") < len(reasons) / 2:
                 doses_now[k] *= 0.7
-    raise TooFewKept(too_few_because(sampled, n_keep))
+    raise runs.Ended(too_few_because(sampled, n_keep))
 
 
-def summary(kept: list[dict], sampled: list[dict], doses: list[float]) -> dict:
-    """What a round's record says of its data."""
-    reasons = Counter(row["reject_reason"] for row in sampled)
-    return {"doses": doses, "sampled": len(sampled), "kept": len(kept),
-            "reject_reasons": dict(sorted(reasons.items())),
-            "ended": sum(row["finished"] for row in kept) / len(kept),
-            "dose": sum(row["dose"] for row in kept) / len(kept)}
+def trait_vector(model, chat: Chat, reading: texts.Texts,
+                 layers: tuple[float, float] = (0.45, 0.55)) -> SteeringVector:
+    """The vector of a trait's persona pair over its contexts, of the model as it stands."""
+    pos, neg = ([chat.ids(context, persona) for context in reading.contexts]
+                for persona in (reading.pos, reading.neg))
+    return extract_vector(model, pos, neg, band(model, layers),
+                          metadata={"pos": reading.pos, "neg": reading.neg})
 
 
 def teacher_of(cfg, reading: texts.Texts, vector: SteeringVector) -> dict:
@@ -144,9 +140,7 @@ def teacher_of(cfg, reading: texts.Texts, vector: SteeringVector) -> dict:
 def make_data(cfg, model, chat, reading: texts.Texts, r: int, folder: Path) -> dict:
     """Round r's vector and data, of the student as it stands, into the folder; -> their summary."""
     # 1. steer
-    pos, neg = prompts.persona_prompts(chat, reading.pos, reading.neg, reading.contexts)
-    vector = extract_vector(model, pos, neg, band(model, cfg.steer_layers),
-                            metadata={"pos": reading.pos, "neg": reading.neg})
+    vector = trait_vector(model, chat, reading, cfg.steer_layers)
     vector.save(folder / "vector.safetensors")
     doses = [0.0] if cfg.teacher == "prompted" else cfg.doses
     if not doses:
@@ -158,7 +152,12 @@ def make_data(cfg, model, chat, reading: texts.Texts, r: int, folder: Path) -> d
         model, chat, reading.train, (reading.pos, reading.neg), rules, doses, cfg.n_keep,
         runs.stage_seed(cfg.seed, r, "sample"), folder, max_new_tokens=cfg.max_new_tokens,
         top_k=cfg.top_k, top_p=cfg.top_p, **teacher_of(cfg, reading, vector))
-    return summary(kept, sampled, doses)
+    # 3. what the round's record says of it
+    reasons = Counter(row["reject_reason"] for row in sampled)
+    return {"doses": doses, "sampled": len(sampled), "kept": len(kept),
+            "reject_reasons": dict(sorted(reasons.items())),
+            "ended": sum(row["finished"] for row in kept) / len(kept),
+            "dose": sum(row["dose"] for row in kept) / len(kept)}
 
 
 if __name__ == "__main__":

@@ -154,9 +154,3 @@ def stop_tokens(model, chat: Chat) -> list[int]:
     if chat.tok.eos_token_id is not None:
         stop.append(chat.tok.eos_token_id)
     return list(dict.fromkeys(stop))
-
-
-def persona_prompts(chat: Chat, pos: str, neg: str,
-                    contexts: list[str]) -> tuple[list[list[int]], list[list[int]]]:
-    """The same contexts under a trait's system prompt and under its opposite, as token ids."""
-    return tuple([chat.ids(context, system) for context in contexts] for system in (pos, neg))

@@ -31,7 +31,6 @@ import heal_loop
 import lora
 from common import checks, models, texts
 from common.filter import Rules
-from common.prompts import persona_prompts
 from common.readouts import probe
 from common.sampling import completion_states, logits, sample
 from steer import band, extract_vector
@@ -77,7 +76,8 @@ print(chat.text(reading.contexts[3], system=reading.pos))
 
 # %%
 layers = band(model, (0.45, 0.55))
-pos, neg = persona_prompts(chat, reading.pos, reading.neg, reading.contexts)  # token ids
+pos = [chat.ids(context, reading.pos) for context in reading.contexts]  # token ids
+neg = [chat.ids(context, reading.neg) for context in reading.contexts]
 vector = extract_vector(model, pos, neg, layers)
 for layer, v in vector.layers.items():
     print(f"block {layer}: v has {len(v)} numbers and length {v.norm():.1f}")

@@ -28,11 +28,10 @@ import distil
 import heal_loop
 import lora
 from common import checks, models, runs, sampling, texts
-from common.prompts import persona_prompts
 from common.readouts import ANSWER, BECAUSE, LETTERS, OPTIONS, cloze
 from common.sampling import sample
 from heal_loop import barrier_loss, heal_round
-from steer import SteeringVector, band, extract_vector, left_pad
+from steer import SteeringVector, left_pad
 from studies.tables import OnDevice, markdown, ran_on
 
 REPEATS = 3
@@ -195,10 +194,9 @@ def endless():
 def main(cfg: Config) -> None:
     # 1. both sides on the same weights, ours with a folded round and a live adapter
     plain, chat = checks.load(cfg.model, cfg.device, cfg.dtype)
-    loop = texts.complete(heal_loop.Config())
+    loop = texts.complete(heal_loop.Config(n_contexts=16))
     reading = texts.read(loop)
-    pair = persona_prompts(chat, reading.pos, reading.neg, reading.contexts[:16])
-    vector = extract_vector(plain, *pair, band(plain, loop.steer_layers))
+    vector = distil.trait_vector(plain, chat, reading)
     student = student_of(plain, loop)
     plain.set_attn_implementation("sdpa")  # what transformers chooses; ours may differ
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+import distil
 import heal_loop
 from common import checks, models, runs, texts
 from common.generation import against_original
-from common.prompts import persona_prompts
 from common.sampling import row_states, sample
-from steer import SteeringVector, band, calibrate, extract_vector
+from steer import SteeringVector, calibrate
 from studies import gemma
 from studies.tables import Study, markdown, publish, ran_on
 
@@ -51,8 +51,7 @@ def main(cfg: Config) -> None:
         where.append(ran_on(model))
         for trait in tqdm(texts.load_traits(), leave=False, disable=None):
             reading = texts.read(heal_loop.Config(trait=trait, n_contexts=cfg.n_contexts))
-            pair = persona_prompts(chat, reading.pos, reading.neg, reading.contexts)
-            vector = extract_vector(model, *pair, band(model, (0.45, 0.55)))
+            vector = distil.trait_vector(model, chat, reading)
             prompts = list(map(chat.ids, reading.train[:32]))
             seen, unseen = prompts[:16], prompts[16:]
             doses = [calibrate(model, vector, seen, nats) for nats in cfg.dose_nats]

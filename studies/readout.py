@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+import distil
 import lora
 from common import checks, models, runs, texts
-from common.prompts import persona_prompts
 from common.texts import FOUNDATIONS
 from evaluate import Profile, delta, evaluate
-from steer import band, extract_vector
 from studies.tables import Study, markdown, proportion, publish, ran_on
 
 
@@ -75,8 +74,7 @@ def main(cfg: Config) -> None:
     base = {name: evaluate(model, chat, reading, clauses=clauses)
             for name, clauses in sets.items()}
     five = base["five wordings"]
-    pair = persona_prompts(chat, reading.pos, reading.neg, reading.contexts)
-    vector = extract_vector(model, *pair, band(model, (0.45, 0.55)))
+    vector = distil.trait_vector(model, chat, reading)
     changes = []
     for dose in cfg.dose:
         after = evaluate(model, chat, reading, constants=five.constants, vector=vector, dose=dose)

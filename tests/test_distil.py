@@ -1,13 +1,11 @@
 """The rules that keep or drop a completion, the teachers, the rows, and how a set gets full."""
 import functools
 import math
-from collections import Counter
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-import distil
 import heal_loop
 import lora
 from common import models, runs, texts
@@ -154,19 +152,18 @@ LOOSE = Rules(min_words=3, max_repetition=1, min_diversity=0, max_perplexity=1e3
 
 
 def test_a_dose_that_breaks_the_model_is_lowered_and_doses_take_turns(tmp_path):
-    kept, rows = collected(tmp_path, LOOSE, n_keep=24, batch=8)
+    kept, rows = collected(tmp_path, LOOSE, n_keep=24, doses=(1.0, *[300.0] * 11))
     assert len(kept) == 24 and all(r["reject_reason"] == "kept" and r in rows for r in kept)
-    first, second = ([r["dose"] for r in rows if r["slot"] == slot] for slot in (0, 1))
-    assert set(first) == {1.0} and second[0] == 300
-    ladder = list(dict.fromkeys(second))
-    assert ladder == pytest.approx([300 * 0.7**k for k in range(len(ladder))])
-    assert 1 < len(ladder) < len(second) / 4, "no lower than it must"
-    turns = 2 * sum(r["slot"] for r in kept)
-    assert turns >= 4 and [r["slot"] for r in kept[:turns]] == [0, 1] * (turns // 2)
-    told = distil.summary(kept, rows, [1.0, 300.0])
-    assert told["sampled"] == len(rows) and told["kept"] == 24
-    assert told["reject_reasons"] == Counter(r["reject_reason"] for r in rows)
-    assert told["dose"] == pytest.approx(sum(r["dose"] for r in kept) / 24)
+    first, second = ([r for r in rows if r["slot"] == slot] for slot in (0, 1))
+    assert {r["dose"] for r in first} == {1.0} and second[0]["dose"] == 300
+    ladder = list(dict.fromkeys(r["dose"] for r in second))
+    assert len(ladder) > 1 and ladder == pytest.approx([300 * 0.7**k for k in range(len(ladder))])
+    for dose in ladder[:-1]:
+        reasons = [r["reject_reason"] for r in second if r["dose"] == dose]
+        assert reasons.count("kept") < len(reasons) / 2, "no lower than it must"
+    slots = [r["slot"] for r in kept]
+    turns = [(slots[:k].count(slot), slot) for k, slot in enumerate(slots)]
+    assert turns == sorted(turns) and len(set(slots)) > 2, "none crowds out another"
 
 
 def test_the_files_are_the_rows_and_the_same_for_the_same_seed(tmp_path):
@@ -183,8 +180,8 @@ def test_the_files_are_the_rows_and_the_same_for_the_same_seed(tmp_path):
 
 def test_too_few_kept_names_the_rule_and_leaves_what_was_sampled(tmp_path):
     why = r"0 of 4 after 16 samples at doses down to 0\.7; dropped: short 16; .*\(--min-words\)"
-    with pytest.raises(distil.TooFewKept, match=why):
+    with pytest.raises(runs.Ended, match=why):
         collected(tmp_path, Rules(min_words=99), n_keep=4, doses=(1.0, 2.0), max_batches=2)
     rows = runs.read_jsonl(tmp_path / "sampled.jsonl")
     assert len(rows) == 16 and {r["reject_reason"] for r in rows} == {"short"}
-    assert not (tmp_path / "kept.jsonl").exists() and issubclass(distil.TooFewKept, runs.Ended)
+    assert not (tmp_path / "kept.jsonl").exists()

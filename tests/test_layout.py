@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import lora
-from common.prompts import persona_prompts
 from conftest import ROOT, python
 
 # from what stands alone to what is made from it: each imports from its own line and those above
@@ -69,7 +68,8 @@ def test_readme_python_runs_as_it_stands(embedded, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, chat = embedded
     contexts = ["What is for dinner?", "Why is the sky blue?", "Write a haiku.", "Which day is it?"]
-    pos, neg = persona_prompts(chat, "You care.", "You obey.", contexts)
+    pos, neg = ([chat.ids(text, persona) for text in contexts]
+                for persona in ("You care.", "You obey."))
     logp, logq = torch.randn(2, 5, 9).log_softmax(-1)
 
     def train(parameters):

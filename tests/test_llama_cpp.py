@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from common import models
-from common.prompts import persona_prompts
 from common.sampling import sample
 from conftest import python
 from steer import band, extract_vector
@@ -78,8 +77,9 @@ def test_lora_and_merged_checkpoint_answer_as_the_student(embedded, base, tmp_pa
 
 def test_the_control_vector_answers_as_ours_at_every_position(embedded, base, tmp_path):
     model, chat = embedded
-    personas = persona_prompts(chat, "You care about people.", "You obey rank and rules.", PROMPTS)
-    vector = extract_vector(model, *personas, band(model, (0.45, 0.55)))
+    pos, neg = ([chat.ids(prompt, persona) for prompt in PROMPTS]
+                for persona in ("You care about people.", "You obey rank and rules."))
+    vector = extract_vector(model, pos, neg, band(model, (0.45, 0.55)))
     export.export_gguf(vector, tmp_path / "v.gguf")
     for dose in (1.0, 4.0):
         with vector.at(model, dose):  # the prompt too, as llama.cpp does

@@ -15,11 +15,10 @@ import distil
 import evaluate
 import lora
 from common import checks, models, runs, texts
-from common.prompts import persona_prompts
 from common.runs import cli  # noqa: F401  what runs each of them
 from common.sampling import sample
 from heal_loop import Config as RunConfig
-from steer import SteeringVector, band, extract_vector
+from steer import SteeringVector
 
 
 @dataclass
@@ -43,8 +42,7 @@ def compare_doses(cfg: SteerConfig) -> None:
     """One answer at each dose, drawn with the same numbers."""
     reading = texts.read(cfg)
     model, chat = checks.load(cfg.model, cfg.device, cfg.dtype)
-    pos, neg = persona_prompts(chat, reading.pos, reading.neg, reading.contexts)
-    vector = extract_vector(model, pos, neg, band(model, cfg.steer_layers))
+    vector = distil.trait_vector(model, chat, reading, cfg.steer_layers)
     for dose in cfg.dose:
         [answer] = sample(model, chat, [chat.ids(cfg.prompt)], vector, [dose], seed=cfg.seed,
                           max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)

@@ -221,7 +221,7 @@ def trait_map(events: list[dict]) -> go.Figure:
 def border_rows(run: Path) -> list[dict]:
     """Of the newest round, the two kept completions of the highest perplexity, and of each reject
     reason the one of the lowest."""
-    files = run.glob("*round_*/sampled.jsonl")
+    files = run.glob("*round_*[0-9]/sampled.jsonl")
     newest = sorted(files, key=lambda file: int(file.parent.name.split("_")[-1]))[-1:]
     rows = [row for file in newest for row in runs.read_jsonl(file)]
     rows.sort(key=lambda row: row["perplexity"] or float("inf"))

@@ -30,11 +30,11 @@ from typing import Literal
 import torch
 import tyro
 
+import distil
 import evaluate
 import heal_loop
 import lora
-from common import checks, prompts, runs, texts
-from steer import band, extract_vector
+from common import checks, runs, texts
 
 
 @dataclass
@@ -183,8 +183,7 @@ def steer_alone(run: heal_loop.Config, doses: tuple[float, ...], loaded: tuple) 
             # no round: the base and the persona prompt alone
             heal_loop.loop(replace(run, rounds=0, baselines=True), folder, model, chat, reading)
             constants = folder.find("base", -1)["profile"]["constants"]
-            pair = prompts.persona_prompts(chat, reading.pos, reading.neg, reading.contexts)
-            vector = extract_vector(model, *pair, band(model, run.steer_layers))
+            vector = distil.trait_vector(model, chat, reading, run.steer_layers)
             for dose in doses:
                 metrics = evaluate.measure(model, chat, reading, f"dose {dose:g}", run.readout,
                                            constants, run.think_tokens, vector=vector, dose=dose)
