@@ -178,10 +178,10 @@ def heal_round(model, chat, kept: list[dict], cfg: Config, seed: int, reference:
     for part in batches(model, range(len(train)), sizes, cfg.batch_size):
         asked, completions, part_rows = zip(*(train[i] for i in part))
         lengths, soft = [len(c) for c in completions], None
-        with torch.no_grad(), lora.gates(model, history=reference or 0, live=0), training(model):
+        with torch.no_grad(), training(model), lora.gates(model, history=reference or 0, live=0):
             states = completion_states(model, asked, completions)
-        if cfg.targets == "soft":
-            soft = distil.teacher_states(model, chat, part_rows, **teacher).split(lengths)
+            if cfg.targets == "soft":  # at gates of its own
+                soft = distil.teacher_states(model, chat, part_rows, **teacher).split(lengths)
         data.append({"prompts": asked, "completions": completions, "teacher": soft,
                      "reference": states.split(lengths)})
 
@@ -217,8 +217,8 @@ def heal_round(model, chat, kept: list[dict], cfg: Config, seed: int, reference:
         after = -torch.cat(score(model, held_prompts, held_completions)).mean().item()
 
     # 5. the last epoch, which saw every completion once, is the round's summary
-    last = log[-len(data):]
-    mean = {key: sum(stats[key] for stats in last) / len(last) for key in last[0]}
+    last, sizes = log[-len(data):], [len(data[k]["completions"]) for k in order[-len(data):]]
+    mean = {key: sum(n * s[key] for n, s in zip(sizes, last)) / sum(sizes) for key in last[0]}
     return {**mean, "steps": steps, "held_out_before": before, "held_out_after": after, "log": log}
 
 

@@ -49,15 +49,12 @@ def generate(model, chat: Chat, prompts: list[str], plain: list[str], system: st
         originals = row_states(model, plainly, answers)
     kl, logq, entropy = zip(*(against_original(model, *row)
                               for row in zip(states, originals, answers)))
-    said = [chat.decode(answer) for answer in answers]
+    texts = [chat.decode(answer[:-1] if end else answer) for answer, end in zip(answers, ended)]
 
     # 3. each draw by itself, and all of them together
-    n, by_draw = len(prompts), {"perplexity": [], "drift": [], "entropy": [], "repetition": []}
-    for k in range(0, len(answers), n):
-        by_draw["perplexity"].append(perplexity(torch.cat(logq[k:k + n])))
-        by_draw["drift"].append(torch.cat(kl[k:k + n]).mean().item())
-        by_draw["entropy"].append(torch.cat(entropy[k:k + n]).mean().item())
-        by_draw["repetition"].append(sum(map(repetition, said[k:k + n])) / n)
+    n, together = len(prompts), answer_metrics(logq, kl, entropy, texts)
+    by_draw = [answer_metrics(*(values[k:k + n] for values in (logq, kl, entropy, texts)))
+               for k in range(0, len(answers), n)]
 
     # 4. plain text: the vector acts on all of it, a system prompt stands before it
     start = [t for t in chat.tok("").input_ids[:1] if t == chat.tok.bos_token_id]
@@ -65,11 +62,17 @@ def generate(model, chat: Chat, prompts: list[str], plain: list[str], system: st
     rows = [chat.encode(text) for text in plain]
     lost = score(model, [start + row[:1] for row in rows], [row[1:] for row in rows], vector, dose)
     return Generated(
-        perplexity=perplexity(torch.cat(logq)), drift=torch.cat(kl).mean().item(),
-        drift_p95=torch.cat(kl).quantile(0.95).item(), entropy=torch.cat(entropy).mean().item(),
-        repetition=sum(map(repetition, said)) / len(said), ended=sum(ended) / len(ended),
-        text_nats=-torch.cat(lost).mean().item(), by_draw=by_draw,
-        texts=[{"prompt": p, "text": text} for p, text in zip(prompts, said)])
+        **together, drift_p95=torch.cat(kl).quantile(0.95).item(), ended=sum(ended) / len(ended),
+        text_nats=-torch.cat(lost).mean().item(),
+        by_draw={name: [draw[name] for draw in by_draw] for name in together},
+        texts=[{"prompt": p, "text": text} for p, text in zip(prompts, texts)])
+
+
+def answer_metrics(logq, kl, entropy, texts) -> dict[str, float]:
+    """Of some answers, each a tensor [tokens] or a text: what is averaged over them."""
+    return {"perplexity": perplexity(torch.cat(logq)), "drift": torch.cat(kl).mean().item(),
+            "entropy": torch.cat(entropy).mean().item(),
+            "repetition": sum(map(repetition, texts)) / len(texts)}
 
 
 def against_original(model, h, reference, tokens) -> tuple[torch.Tensor, ...]:

@@ -145,8 +145,6 @@ def load(name: str, device: str = "auto", dtype: str = "auto"):
     quiet()
 
     # 1. what is asked for
-    if dtype not in ("auto", "bfloat16", "float32", "float16"):
-        raise ValueError(f"--dtype {dtype} is unknown; fix: auto, bfloat16, float32 or float16")
     on_several = device == "auto" and torch.cuda.device_count() > 1
     if device == "auto":
         has_mps = torch.backends.mps.is_available()

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from einops import rearrange
+from scipy.special import softmax
 
 from common.prompts import NEUTRAL, Chat
 from common.sampling import logits, row_states, score, score_answers
@@ -46,12 +47,6 @@ class Answers:
     constants: np.ndarray | None = None  # [7, wordings] nats, mean log-probability in the original
     by_wording: np.ndarray | None = None  # [7, wordings]: log mean p of f by that wording alone
     notes: dict[str, float] = field(default_factory=dict)  # what else the readout reports
-
-
-def softmax(z: np.ndarray) -> np.ndarray:
-    """Over the last axis."""
-    p = np.exp(z - z.max(-1, keepdims=True))
-    return p / p.sum(-1, keepdims=True)
 
 
 @torch.no_grad()
@@ -83,8 +78,8 @@ def cloze(model, chat: Chat, vignettes: list[dict], constants=None, system: str 
     for f, w in np.ndindex(by_wording.shape):
         alone = together.copy()
         alone[:, f] = s[:, f, w]
-        by_wording[f, w] = np.log(softmax(alone)[:, f].mean())
-    return Answers(softmax(together), valid_p(model, chat, vignettes, system, vector, dose),
+        by_wording[f, w] = np.log(softmax(alone, axis=1)[:, f].mean())
+    return Answers(softmax(together, axis=1), valid_p(model, chat, vignettes, system, vector, dose),
                    constants, by_wording)
 
 

@@ -178,7 +178,7 @@ class Texts(Trait):
 def complete(config):
     """The config with what its flags left open (None) as its trait has it; -> a new one."""
     trait = find_trait(config.trait, getattr(config, "pos", None), getattr(config, "neg", None))
-    if trait.name == "custom" and config.trait == "care":  # the default, which nobody asked for
+    if trait.name == "custom":  # measured as care is, whatever --trait says
         config = replace(config, trait="custom")
     by_nats = getattr(config, "dose_nats", None)  # instead of doses
     if by_nats and config.doses:

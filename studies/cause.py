@@ -105,7 +105,7 @@ def main(cfg: Config) -> None:
                  for name in shares(by_run[0])]
     publish(f"""# The student's shift: added to the original, taken out of the student
 
-`python -m studies.cause {" ".join(folder.name for folder in cfg.run)}` · {ran_on(model)} ·
+`python -m studies.cause {" ".join(map(str, cfg.run))}` · {ran_on(model)} ·
 {first.n_vignettes or "all"} vignettes · Δtrait in its own direction, nats; in brackets, from three
 runs on, the 95 % t-interval over runs
 

@@ -85,10 +85,11 @@ def main(cfg: Config) -> None:
         changes.append(change_row("student", five, after))
 
     # 3. write
-    adapter = " --adapter RUN/round_?/adapter.safetensors" if cfg.adapter else ""
+    flags = f"--trait {cfg.trait} --dose {' '.join(f'{dose:g}' for dose in cfg.dose)}"
+    flags += " --adapter RUN/round_?/adapter.safetensors" if cfg.adapter else ""
     publish(f"""# The cloze readout, validated
 
-`python -m studies.readout{adapter}` · {ran_on(model)} · {len(five.ids)} vignettes \
+`python -m studies.readout {flags}` · {ran_on(model)} · {len(five.ids)} vignettes \
 ({cfg.vignettes.name}), {cfg.n_contexts} contexts
 
 Intervals are 95 %: Wilson's of shares, BCa bootstrap paired by vignette of changes.

@@ -99,7 +99,8 @@ def test_generation_metrics_equal_one_unpadded_pass_an_answer(arm):
         kl.append((logp.exp() * (logp - logq)).sum(-1))
         entropy.append(-(logp.exp() * logp).sum(-1))
         nll.append(-logq[range(len(tokens)), tokens])
-    stop, said = set(stop_tokens(model, chat)), list(map(chat.decode, new))
+    stop = set(stop_tokens(model, chat))
+    said = [chat.decode(tokens[:-1] if tokens[-1] in stop else tokens) for tokens in new]
     model.generation_config.eos_token_id = 2
     early = [tokens[-1] in stop for tokens in new if len(tokens) < n]
     assert all(early) and got.ended == pytest.approx(len(early) / 4)

@@ -21,6 +21,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 import transformers
@@ -159,7 +160,7 @@ MARK = "<!-- python -m tools.check --all --table docs/models.md writes what foll
 class Config:
     model: str = models.EMBEDDED  # smollm2, a local folder, or a hub id
     device: str = "auto"  # auto, cuda, mps or cpu
-    dtype: str = "float32"  # float32 tells rounding from mistakes; auto, bfloat16, float16
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "float32"  # tells rounding apart
     all: bool = False  # instead, tiny random models of every architecture of the table
     table: Path | None = None  # a page whose table, after its mark, is written anew
 
