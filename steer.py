@@ -178,7 +178,8 @@ def calibrate(model, vector: SteeringVector, prompts: list[list[int]], nats: flo
     answers are the unsteered model's, greedy. Raises ValueError where no dose up to 1024 does it.
     """
     check_room(model, max(map(len, prompts)), tokens)
-    ids, mask, _ = left_pad(prompts, model.device)
+    parts = batches(model, range(len(prompts)), [len(p) + tokens for p in prompts], len(prompts))
+    ids, mask, _ = left_pad([prompts[i] for i in max(parts, key=len)], model.device)  # long rope
 
     def next_logits(n):  # of the last n positions, [prompts, n, vocab]
         positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -225,35 +226,34 @@ def left_pad(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor,
     return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)  # the first real token is at position 0
 
 
+def rope_switch(model) -> int:
+    """The length beyond which long rope (Phi-3) takes other factors for a whole batch, or 0."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else 0
+
+
 def batches(model, order, lengths: list[int], rows: int) -> list[list[int]]:
-    """`order`, indices into lengths, cut into batches of at most `rows` rows and so many tokens."""
-    tokens = 32768 if model.device.type == "cpu" else 131072  # padding included
-    cut = []
-    for i in order:
+    """`order`, indices into lengths, cut into batches of at most `rows`, and of so many tokens.
+
+    Under long rope no batch has rows on both sides of the switch.
+    """
+    tokens = 32768 if model.device.type == "cpu" else 131072  # with padding
+    cut, switch = [], rope_switch(model)
+    for i in sorted(order, key=lambda i: switch and lengths[i] > switch):  # else the order stays
         longest = max(lengths[k] for k in [i, *cut[-1]]) if cut else 0
-        if not cut or len(cut[-1]) == rows or (len(cut[-1]) + 1) * longest > tokens:
+        is_full = not cut or len(cut[-1]) == rows or (len(cut[-1]) + 1) * longest > tokens
+        if is_full or switch and (lengths[i] > switch) != (lengths[cut[-1][0]] > switch):
             cut.append([])
         cut[-1].append(i)
     return cut
 
 
-def room(model) -> int | None:
-    """The longest row that a model takes: its context, if it has an end.
-
-    Under long rope (Phi-3) the first part of it: a longer row changes the factors of all.
-    """
-    config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        return rope["original_max_position_embeddings"]
-    return getattr(config, "max_position_embeddings", None)
-
-
 def check_room(model, longest: int, new: int = 0) -> None:
     """Raises ValueError where `longest` prompt tokens and `new` ones exceed the model's context."""
-    if room(model) and longest + new > room(model):
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if room and longest + new > room:
         raise ValueError(f"a prompt of {longest} tokens and {new} new ones exceed the model's "
-                         f"context of {room(model)}; fix: a shorter prompt or fewer new tokens")
+                         f"context of {room}; fix: a shorter prompt or fewer new tokens")
 
 
 if __name__ == "__main__":

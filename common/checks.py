@@ -27,7 +27,7 @@ import lora
 from common import models
 from common.prompts import DATE, Chat
 from common.sampling import Decoder, completion_states, logits
-from steer import left_pad, residual, room
+from steer import left_pad, residual
 
 # sixteen bits round a logit near 32 by 0.1: there the checks see wrong mechanisms only
 LIMITS = {torch.float32: 0.01, torch.bfloat16: 0.3, torch.float16: 0.3}  # nats, or relative
@@ -53,14 +53,14 @@ def load(name: str, device: str = "auto", dtype: str = "auto", date: str = DATE)
 
 def lengths(model, chat: Chat, reading, new: int) -> None:
     """Raises ValueError for the first text of a run that the model's context has no room for."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
     longest_persona = max(reading.pos, reading.neg, key=len)
     for name in ("train", "heldout", "contexts"):
         for n, text in enumerate(getattr(reading, name), 1):
             tokens = len(chat.ids(text, longest_persona)) + new
-            if room(model) and tokens > room(model):
+            if tokens > room:
                 raise ValueError(f"entry {n} of '{name}' takes {tokens} tokens with persona and "
-                                 f"answer, the model has room for {room(model)}; "
-                                 "fix: a shorter text")
+                                 f"answer, the model has room for {room}; fix: a shorter text")
 
 
 def words(tok) -> list[int]:

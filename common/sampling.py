@@ -27,7 +27,7 @@ from transformers.cache_utils import (Cache, DummyLayer, DynamicCache, DynamicLa
                                       StaticLayer)
 
 from common.prompts import Chat, stop_tokens
-from steer import SteeringVector, batches, check_room, left_pad
+from steer import SteeringVector, batches, check_room, left_pad, rope_switch
 
 UNRECORDED = weakref.WeakSet()  # models whose step a GPU could not record
 LOOK_EVERY = 8  # steps between two looks at which rows are done: a look waits for the device
@@ -159,7 +159,7 @@ def is_plain(model) -> bool:
     state would absorb it.
     """
     layers = DynamicCache(config=model.config).layers
-    return (all(type(layer) is DynamicLayer for layer in layers)
+    return (all(type(layer) is DynamicLayer for layer in layers) and not rope_switch(model)
             and hasattr(model.get_decoder(), "rotary_emb"))
 
 
@@ -217,9 +217,10 @@ def shares_prompts(model, prompts: list[list[int]]) -> bool:
 
     Products cost on a CPU, so there always. Launches cost on a GPU, so there only where more than
     four rows have the same prompt, as in the cloze readout. Never under linear attention, which no
-    cache continues with gradients.
+    cache continues with gradients, nor under long rope, which the length of the whole row decides.
     """
-    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in special_layers(model)):
+    if rope_switch(model) or any(isinstance(layer, LinearAttentionCacheLayerMixin)
+                                 for layer in special_layers(model)):
         return False
     return model.device.type == "cpu" or len(prompts) > 4 * len(set(map(tuple, prompts)))
 
@@ -238,6 +239,15 @@ def completion_states(model, prompts: list[list[int]], completions: list[list[in
     longest = max(map(len, completions))
     lengths = [len(p) + len(begun) + len(c) - 1 for p, c in zip(prompts, completions)]
     check_room(model, max(lengths) + 1)
+    switch = rope_switch(model)
+    sides = [[i for i, n in enumerate(lengths) if (n > switch) == long] for long in (False, True)]
+    if switch and all(sides):  # long rope: rows of both sides are run apart, and put in order again
+        states = {}
+        for side in sides:
+            answers = [completions[i] for i in side]
+            h = completion_states(model, [prompts[i] for i in side], answers, vector, dose, begun)
+            states |= zip(side, h.split(list(map(len, answers))))
+        return torch.cat([states[i] for i in range(len(prompts))])
     # padded on the right, where a causal model never looks; position t predicts t + 1
     shifted = [c[:-1] + [0] * (longest - len(c)) for c in completions]
     if shares_prompts(model, prompts):
@@ -245,7 +255,6 @@ def completion_states(model, prompts: list[list[int]], completions: list[list[in
         cache, last, mask, position = prefill(model, prompts, begun, vector, dose)
         shifted = torch.tensor(shifted, dtype=torch.long, device=model.device)
         positions = position[:, None] + torch.arange(longest, device=model.device)
-        positions = positions.clamp(max=max(lengths) - 1)  # the right padding makes no row longer
         inputs = dict(input_ids=torch.cat([last[:, None], shifted], 1), position_ids=positions,
                       attention_mask=F.pad(mask, (0, longest - 1), value=1),
                       past_key_values=cache, use_cache=True)
@@ -254,7 +263,7 @@ def completion_states(model, prompts: list[list[int]], completions: list[list[in
         # 1. prompt and completion of each row in one pass
         rows = [[*p, *begun, *c] for p, c in zip(prompts, shifted)]
         ids, mask, positions = left_pad(rows, model.device)
-        positions = positions.clamp(max=max(lengths) - 1)
+        positions = positions.clamp(max=max(lengths) - 1)  # the right padding makes no row longer
         inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
         steered = len(begun) + longest
 
@@ -320,7 +329,6 @@ def score_answers(model, prompts: list[list[int]], answers: list[list[int]],
     The answers stand side by side in one row a prompt, and each sees the prompt and itself: a tree
     in place of a row an answer. Where the model's past is not plain, a row an answer all the same.
     """
-    check_room(model, max(map(len, prompts)) + len(begun), max(map(len, answers)))
     if not is_plain(model):
         repeated = [prompt for prompt in prompts for _ in answers]
         scored = score(model, repeated, answers * len(prompts), vector, dose, begun=begun)
@@ -511,6 +519,11 @@ def sample(model, chat: Chat, prompts: list[list[int]], vector: SteeringVector |
     Raises ValueError for a prompt that leaves no room for max_new_tokens in the model's context.
     """
     check_room(model, max(map(len, prompts), default=0), max_new_tokens)
+    for n in map(len, prompts):
+        if rope_switch(model) and n - 1 <= rope_switch(model) < n + max_new_tokens:
+            raise ValueError(f"a prompt of {n} tokens and {max_new_tokens} new ones cross the "
+                             f"{rope_switch(model)} at which this model changes its rope; "
+                             "fix: a shorter or a longer prompt, or fewer new tokens")
     stop = set(stop_tokens(model, chat))
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(len(prompts), max_new_tokens, generator=generator)  # [row, step]

@@ -47,6 +47,7 @@ def test_the_table_has_ninety_and_gemma_4_as_it_is_shaped():
     assert len(TABLE) >= 90
     config = TABLE["gemma4"]["config"]
     assert config["global_head_dim"] != config["head_dim"]
+    assert check.switch_length(made("phi3_longrope")) == 40
 
 
 def test_a_head_read_by_name_fails(monkeypatch):
@@ -98,3 +99,31 @@ def test_nan_counts_as_wrong():
     nan = torch.tensor([0.0, math.nan])
     for dtype in (torch.float32, torch.bfloat16):
         assert checks.off(tiny("llama", dtype), nan, torch.zeros(2)) == math.inf
+
+
+def long_rope_rows():
+    long, short = checks.token_rows(IDS, 60, apart=9), checks.token_rows(IDS, 30)
+    return [long[0], short[0], long[1], short[1]]
+
+
+def test_short_rows_beside_long_ones_are_scored_as_alone():
+    model, rows = made("phi3_longrope"), long_rope_rows()
+    prompts, completions = [row[:-4] for row in rows], [row[-4:] for row in rows]
+    together = sampling.score(model, prompts, completions)
+    for p, c, logp in zip(prompts, completions, together):
+        torch.testing.assert_close(logp, sampling.score(model, [p], [c])[0], rtol=0, atol=1e-4)
+
+
+def test_short_rows_beside_long_ones_are_extracted_as_alone():
+    model, rows = made("phi3_longrope"), long_rope_rows()
+    together = steer.mean_residual(model, rows, [2])[2]
+    alone = torch.stack([steer.mean_residual(model, [row], [2])[2] for row in rows]).mean(0)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+def test_short_rows_beside_long_ones_are_calibrated_as_alone():
+    model, rows = made("phi3_longrope"), long_rope_rows()
+    v, doses = vector(model, size=2.0), []
+    for prompts in (rows[1:2] * 40, rows[1:2] * 40 + rows[:1]):  # the long one is in the upper 5 %
+        doses.append(steer.calibrate(model, v, prompts, nats=0.2, tokens=4))
+    assert doses[0] == pytest.approx(doses[1], rel=0.05)

@@ -20,7 +20,7 @@ from common.sampling import (completion_states, next_token, perplexity, repetiti
 from conftest import ARCHITECTURES, SMALL, Ids, tiny
 from heal_loop import Config, heal_step
 from steer import SteeringVector
-from test_steer import prompts, vector
+from test_steer import long_rope, prompts, vector
 
 CHAT = Chat(Ids)  # its end token is 2
 
@@ -194,6 +194,16 @@ def test_neither_sharing_prompts_nor_healings_attention_changes_gradients(name, 
     for result in results[1:]:
         for a, b in zip(results[0], result, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+def test_a_row_on_one_side_of_a_long_rope_switch_is_scored_alone():
+    model, g = long_rope(), torch.Generator().manual_seed(0)
+    ps = [torch.randint(3, 128, (n,), generator=g).tolist() for n in (4, 20, 5, 30)]
+    cs = [[5, 6, 7, 8]] * 4
+    two, one = (score(model, ps, cs, batch_size=n) for n in (2, 1))
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one, [plain_score(model, p, c) for p, c in zip(ps, cs)],
+                               rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("holds", [3, 1])

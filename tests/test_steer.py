@@ -32,6 +32,13 @@ def until_the_end(tokens):
     return tokens[:tokens.index(2)] if 2 in tokens else tokens
 
 
+def long_rope():
+    """A Phi-3 whose rotary factors change for a whole batch where a row exceeds 16 tokens."""
+    return tiny("phi3", original_max_position_embeddings=16, rope_parameters=dict(
+        rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=16,
+        short_factor=[1.0] * 4, long_factor=[4.0, 8.0, 16.0, 32.0]))
+
+
 @pytest.mark.parametrize("last_only, first", [(False, 0), (True, 19), (3, 17), (99, 0)])
 def test_steering_adds_dose_times_v_and_leaves_no_hook(tiny_model, ids, last_only, first):
     """first: the first of 20 positions that is steered."""
@@ -100,20 +107,23 @@ def test_extraction_of_nothing_or_of_equal_prompts_is_refused():
             extract_vector(model, pos, neg, [2])
     with pytest.raises(ValueError, match="exceed the model's context of 256; fix"):
         mean_residual(model, [[5] * 257], [2])
-    # of long rope, whose factors change with the length, the first part alone
-    longrope = tiny("phi3", original_max_position_embeddings=16, rope_parameters=dict(
-        rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=16,
-        short_factor=[1.0] * 4, long_factor=[4.0, 8.0, 16.0, 32.0]))
-    with pytest.raises(ValueError, match="exceed the model's context of 16; fix"):
-        mean_residual(longrope, [[5] * 17], [2])
 
 
-def test_batches_hold_few_rows_and_few_tokens():
+def test_extraction_on_both_sides_of_a_long_rope_switch_equals_row_by_row():
+    model, g = long_rope(), torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 128, (n,), generator=g).tolist() for n in (5, 16, 17, 30)]
+    one, two, four = (mean_residual(model, rows, [4], batch_size)[4] for batch_size in (1, 2, 4))
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(four, one, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_hold_few_rows_few_tokens_and_one_side_of_a_switch():
     lengths = [3, 20, 4, 18, 5, 6]
     assert batches(tiny("llama"), range(6), lengths, rows=4) == [[0, 1, 2, 3], [4, 5]]
     assert batches(tiny("llama"), [5, 4], lengths, rows=4) == [[5, 4]]
     # at most 32,768 tokens, padding included
     assert batches(tiny("llama"), range(3), [20000, 9000, 10000], rows=4) == [[0], [1, 2]]
+    assert batches(long_rope(), range(6), lengths, rows=4) == [[0, 2, 4, 5], [1, 3]]
 
 
 def test_vectors_survive_the_disk_and_bad_files_are_named(tmp_path):

@@ -4,8 +4,8 @@
     python -m tools.check --all                           # tiny random models of architectures
     python -m tools.check --all --table docs/models.md    # and their table, written into that page
 
-Those of `common.checks`, which every command makes, here also on rows longer than a sliding
-window; and
+Those of `common.checks`, which every command makes, here also on rows longer than a sliding window
+or a switch of long rope; and
 
     gradient    prompt and completion as healing runs them, at the first block's parameters
     attention   the attention that runs (sdpa) against plain products (eager)
@@ -30,7 +30,6 @@ import lora
 from common import checks, models, runs
 from common.checks import off, plain_logp, plain_scored, scored_logp, token_rows
 from common.sampling import stream, training
-from steer import room
 from tools import export
 
 
@@ -93,9 +92,11 @@ CHECKS = {**checks.QUICK, "gradient": gradient, "attention": attention, "stream"
 def switch_length(model) -> int:
     """The longest length at which this model changes its ways; 0 for none up to 2048."""
     config = model.config.get_text_config()
-    lengths = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
-    longest = min(2072, room(model) or 2072)
-    return max(n for n in [0, *lengths] if isinstance(n, int) and n + 24 <= longest)
+    rope = getattr(config, "rope_parameters", None) or {}
+    lengths = [rope.get("original_max_position_embeddings"), *(
+        getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size"))]
+    room = min(2072, getattr(config, "max_position_embeddings", None) or 2072)
+    return max(n for n in [0, *lengths] if isinstance(n, int) and n + 24 <= room)
 
 
 def every_check(model, ids: list[int]) -> dict[str, float]:
