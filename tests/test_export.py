@@ -11,7 +11,7 @@ import gguf
 import pytest
 import torch
 import transformers as t
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import lora
@@ -103,6 +103,16 @@ def test_a_merged_checkpoint_gives_the_students_logits(name, tied, dtype, ids, t
             torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
     before, after = (load_file(tmp_path / f / "model.safetensors") for f in ("base", "1.0"))
     assert before.keys() == after.keys() and {x.dtype for x in after.values()} == {dtype}
+
+
+def test_a_base_with_an_adapter_in_its_folder_is_refused(tmp_path):
+    base = str(tmp_path / "base")
+    tiny("llama").save_pretrained(base)
+    inside = LoraConfig(target_modules=["up_proj"], base_model_name_or_path=base)
+    get_peft_model(read_model(base), inside).save_pretrained(base)
+    model = student(read_model(base), 1, targets=("q_proj",))
+    with pytest.raises(ValueError, match="adapter_config.json.*not a whole checkpoint; fix"):
+        export.export_merged(model, tmp_path / "out")
 
 
 def test_a_control_vector_steers_the_same_blocks(run, ids, tmp_path, monkeypatch):

@@ -89,7 +89,8 @@ def check_peft(model, chat, folder, dose: float = 1.0) -> None:
 def export_merged(model, folder, dose: float = 1.0) -> None:
     """A plain Hugging Face checkpoint, W + dose · s Σ B_i A_i, summed in float32, rounded once.
 
-    Afterwards the model is that one.
+    Afterwards the model is that one. Raises ValueError where transformers wrote an adapter, or no
+    weights: of a model with PEFT's layers in it, save_pretrained writes those alone.
     """
     for m in lora.adapters(model).values():
         W = m.base.weight
@@ -97,6 +98,10 @@ def export_merged(model, folder, dose: float = 1.0) -> None:
         m.base.weight = torch.nn.Parameter(merged, requires_grad=False)
     lora.detach(model)
     model.save_pretrained(folder)
+    names = sorted(file.name for file in Path(folder).iterdir())
+    if ".safetensors" not in str(names) or "adapter_" in str(names):
+        raise ValueError(f"transformers wrote {', '.join(names)}, not a whole checkpoint; "
+                         "fix: a base model without an adapter in its folder")
 
 
 def export_gguf(vector: SteeringVector, path) -> None:
