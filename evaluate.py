@@ -10,7 +10,7 @@ One of the first three is the trait's axis. How the model is asked is in common/
 for the small, `tinymfv` for about 1B and up, `probe` for any trait at all.
 
     python evaluate.py                                        # the embedded model
-    python evaluate.py --adapter runs/X/round_?/adapter.safetensors
+    python evaluate.py --adapter runs/X/round_*/adapter.safetensors
     python evaluate.py --trait love --vector runs/X/round_0/vector.safetensors --dose 1
 """
 import math

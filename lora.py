@@ -240,10 +240,10 @@ def save(model, path) -> None:
 
 
 def load(model, paths, merge: bool = True) -> None:
-    """Append the round in a file of `save`, or in several in order, wrapping first where needed.
+    """Append the round in a file of `save`, or in several, wrapping first where needed.
 
     Raises FileNotFoundError, or ValueError naming the file: damaged, not ours, of another base or
-    other settings, out of order, not finite. Then the model is as it was.
+    other settings, a round missing, not finite. Then the model is as it was.
     """
     # 1. what is on the model; on a plain one the first file decides
     modules = adapters(model) if is_attached(model) else {}
@@ -252,8 +252,8 @@ def load(model, paths, merge: bool = True) -> None:
 
     # 2. every file is read and checked before anything changes
     rounds = []
-    for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        metadata, tensors = read(path)
+    files = [(path, *read(path)) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    for path, metadata, tensors in sorted(files, key=lambda file: file[1]["round"]):
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         names = names or [name for name, _ in model.named_modules() if f"{name}.A" in shapes]
         settings = settings or metadata["settings"]
@@ -263,7 +263,7 @@ def load(model, paths, merge: bool = True) -> None:
                   "has another rank, alpha, layers or shapes; fix: detach(model), or a whole copy":
                   (metadata["settings"], shapes) != wanted,
                   f"is round {metadata['round']}, the model has {done + len(rounds)} before it; "
-                  "fix: give all rounds, in order": metadata["round"] != done + len(rounds),
+                  "fix: give all rounds": metadata["round"] != done + len(rounds),
                   "is not finite; fix: a round from before training broke":
                   not all(tensor.isfinite().all() for tensor in tensors.values())}
         for fault, found in faults.items():

@@ -4,7 +4,7 @@
     spread       how far a change of the trait depends on the words of its clause
 
     python -m studies.readout    # results/readout.md; about 8 min on 2 cores
-    python -m studies.readout --dose 3.7 --adapter RUN/round_?/adapter.safetensors  # a student too
+    python -m studies.readout --dose 3.7 --adapter RUN/round_*/adapter.safetensors  # a student too
 
 A wording is one clause for each foundation; data/clauses.json has five.
 """
@@ -86,7 +86,7 @@ def main(cfg: Config) -> None:
 
     # 3. write
     flags = f"--trait {cfg.trait} --dose {' '.join(f'{dose:g}' for dose in cfg.dose)}"
-    flags += " --adapter RUN/round_?/adapter.safetensors" if cfg.adapter else ""
+    flags += " --adapter RUN/round_*/adapter.safetensors" if cfg.adapter else ""
     publish(f"""# The cloze readout, validated
 
 `python -m studies.readout {flags}` · {ran_on(model)} · {len(five.ids)} vignettes \

@@ -2,7 +2,7 @@
 
     python steer.py --trait care --dose 0 2 4 --prompt "My boss told me to ignore a customer."
     python distil.py --trait love --n-keep 16 --out love       # heal_loop.py's flags, by name
-    python evaluate.py --adapter runs/X/round_?/adapter.safetensors
+    python evaluate.py --adapter runs/X/round_*/adapter.safetensors
 """
 from dataclasses import dataclass
 from functools import partial
@@ -67,13 +67,13 @@ class EvaluateConfig:
     model: str = models.EMBEDDED  # smollm2, a local folder, or a hub id
     device: str = "auto"  # auto, cuda, mps or cpu
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bf16 where native
-    adapter: tuple[Path, ...] = ()  # adapter.safetensors of every round of the student, in order
+    adapter: tuple[Path, ...] = ()  # adapter.safetensors of every round of the student
     vector: Path | None = None  # vector.safetensors of a round: the steered model, at --dose
     dose: runs.Finite = 1.0  # of --vector
     trait: str = "care"  # a trait of data/traits, or a file such as my.json
     readout: Literal["cloze", "tinymfv", "probe"] | None = None  # default: the trait's own
     vignettes: Path = texts.DATA / "vignettes.json"  # or tinymfv:classic
-    n_vignettes: int = 0  # how many, balanced over the foundations; 0 is all
+    n_vignettes: int = 42  # how many, balanced over the foundations; 0 is all
     max_new_tokens: runs.AtLeast1 = 48  # longest answer of the generation metrics, in tokens
 
 
