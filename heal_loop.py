@@ -51,7 +51,7 @@ class Config:
     # 2. distil
     teacher: Literal["steered", "prompted"] = "steered"  # by the vector, or by the persona prompt
     doses: runs.Doses | None = None  # of the sampled completions; default: the trait's own
-    dose_nats: runs.DoseNats | None = None  # instead of --doses, each round: see steer.calibrate
+    dose_nats: runs.DoseNats | None = None  # doses by effect: nats of KL of the next token
     n_keep: runs.AtLeast2 = 48  # completions to keep
     max_new_tokens: runs.AtLeast1 = 64  # longest completion, in tokens
     top_k: runs.WholeFrom0 = 64  # sample from the k most probable tokens; 0: from all
@@ -70,7 +70,7 @@ class Config:
     agg: Literal["mean", "rmse", "p95", "max"] = "rmse"  # how per-position KL becomes D
     lam: runs.From0 = 2.0  # λ, the barrier's weight
     tau: runs.From0 = 0.8  # τ in nats: the barrier acts where D exceeds it
-    ref: Literal["base", "prev", "good"] = "base"  # D from: original, last, or last fluent student
+    ref: Literal["base", "prev", "good"] = "base"  # D from: original, previous, last fluent
     weight_decay: runs.From0 = 100.0  # under --reg wd; a step shrinks the adapter by lr · decay
     lr: runs.Rate = 3e-4  # peak learning rate
     epochs: runs.AtLeast1 = 3  # passes over the kept data per round

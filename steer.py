@@ -233,7 +233,7 @@ def rope_switch(model) -> int:
 
 
 def batches(model, order, lengths: list[int], rows: int) -> list[list[int]]:
-    """`order`, indices into lengths, cut into batches of at most `rows`, and of so many tokens.
+    """`order`, indices into lengths, cut into batches of at most `rows` rows and so many tokens.
 
     Under long rope no batch has rows on both sides of the switch.
     """

@@ -1,4 +1,4 @@
-"""What the method stands on: models, prompts, sampling, readouts, texts, run folders."""
+"""What the method stands on: models and their checks, prompts, sampling, filter, readouts, runs."""
 import importlib.util
 from pathlib import Path
 

@@ -13,7 +13,7 @@ Ours against the model's own forward, without a cache, one row at a time:
     scored      padded, batched, prompt and completion as `score` and healing do it
     gates       LoRA with its gates at (0, 0), and after `detach`, against the untouched model
 
-Errors are the largest over positions and vocabulary, of log-probabilities in nats.
+Errors are the largest over positions and vocabulary (in sixteen bits the mean), in nats.
 `python -m tools.check` makes the same checks on longer rows, and more.
 """
 import contextlib

@@ -4,7 +4,7 @@
     entropy  mean_t −Σ_v p_t(v) log p_t(v) of the model on them: low where it was sharpened (nats)
 
 Perplexity and drift measure DISTANCE from the original, which a barrier trains on. Each is drawn
-three times, so that a difference can be told from the luck of the draw.
+three times, so that the noise of sampling is visible.
 """
 from dataclasses import dataclass
 

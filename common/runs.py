@@ -120,7 +120,7 @@ DoseNats = Annotated[tuple[Above0, ...], MinLen(1)]
 DepthRange = Annotated[tuple[float, float], AfterValidator(rising)]
 
 
-adapter = functools.cache(TypeAdapter)  # made in milliseconds, and asked for every row
+type_adapter = functools.cache(TypeAdapter)  # made in milliseconds, and asked for every row
 
 
 def checked(kind, values, where: str):
@@ -129,7 +129,7 @@ def checked(kind, values, where: str):
     where: how a message begins. Raises ValueError for the first value that is not allowed.
     """
     try:
-        return adapter(kind).validate_python(values)
+        return type_adapter(kind).validate_python(values)
     except ValidationError as e:
         fault = e.errors()[0]
         place = [f"entry {k + 1}" if isinstance(k, int) else k.replace("_", "-")
@@ -150,7 +150,7 @@ def check_ranges(config) -> None:
 
 
 # where and when, nothing that changes a number
-UNRECORDED = ("out", "resume", "fork", "at", "device")
+NOT_IN_CONFIG = ("out", "resume", "fork", "at", "device")
 
 
 def settings(config) -> dict:
@@ -165,7 +165,7 @@ def settings(config) -> dict:
                    or name == "trait" and value.endswith(".json"))
         if is_path and value != "smollm2" and not str(value).startswith("tinymfv:"):
             value = "./" + os.path.relpath(Path(value).resolve(), HERE)
-        if name not in UNRECORDED:
+        if name not in NOT_IN_CONFIG:
             kept[name] = value
     return json.loads(json.dumps(kept, default=str))  # tuples as lists, as they will be read back
 
@@ -177,7 +177,7 @@ def read_config(config_class, folder: Path):
         raise ValueError(f"{folder} is not a run folder (no config.json); "
                          "fix: give the --out of an earlier run")
     values = read_json(file)
-    missing = {field.name for field in fields(config_class)} - {*values, *UNRECORDED}
+    missing = {field.name for field in fields(config_class)} - {*values, *NOT_IN_CONFIG}
     if missing:  # it would silently be the default
         raise ValueError(f"{file} lacks '{min(missing)}', as of an earlier version; "
                          "fix: restore it, start a new run, or use that version")
@@ -282,7 +282,7 @@ def stage_seed(seed: int, round: int, stage: str) -> int:
 
 
 class Ended(ValueError):
-    """A round that cannot be finished, such as for want of data: a result, kept on record."""
+    """Too few completions were kept, or the loss diverged: a result, kept on record."""
 
 
 def rounds_done(folder: Path) -> int:

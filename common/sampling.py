@@ -29,8 +29,8 @@ from transformers.cache_utils import (Cache, DummyLayer, DynamicCache, DynamicLa
 from common.prompts import Chat, stop_tokens
 from steer import SteeringVector, batches, check_room, left_pad, rope_switch
 
-UNRECORDED = weakref.WeakSet()  # models whose step a GPU could not record
-LOOK_EVERY = 8  # steps between two looks at which rows are done: a look waits for the device
+NO_GRAPH = weakref.WeakSet()  # models whose step a GPU could not record
+LOOK_EVERY = 8  # steps between two checks which rows are done: a check waits for the GPU
 
 
 class FinalStates(tuple):
@@ -436,7 +436,7 @@ class Decoder:
         left = self.state["draws"].shape[1] - self.n
         on_several = len({p.device for p in self.model.parameters()}) > 1
         if (self.model.device.type != "cuda" or on_several or not self.fixed or left < 4
-                or self.model in UNRECORDED):
+                or self.model in NO_GRAPH):
             return
         lengths = [layer.cumulative_length for layer in self.cache.layers if layer.is_initialized]
         changing = [*self.state.values(), *lengths]
@@ -456,7 +456,7 @@ class Decoder:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as e:
-            UNRECORDED.add(self.model)
+            NO_GRAPH.add(self.model)
             warnings.warn(f"this model's decoding step cannot be recorded, so it is slow: {e}")
         for x, was in zip(changing, before):
             x.copy_(was)

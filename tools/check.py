@@ -12,7 +12,8 @@ or a switch of long rope; and
     stream      token by token as chat does it, alone: how far from the model's best next token
     peft        two LoRA rounds exported, and loaded back by PEFT
 
-Errors are the largest: of log-probabilities in nats, of gradients relative to their norm.
+Errors are the largest (in sixteen bits the mean): of log-probabilities in nats, of gradients
+relative to their norm.
 """
 import copy
 import tempfile

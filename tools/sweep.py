@@ -1,7 +1,7 @@
 """Compare arms: every combination of teacher, targets, regulariser, τ, ... × seed, a run each.
 
     python -m tools.sweep --reg nll kl_rev --tau 0.1 0.2 0.4 --seeds 0 1 2 --rounds 4
-    python -m tools.sweep --reg nll --doses 0 1,2 2,4         # an arm a word: unsteered; 1, 2; 2, 4
+    python -m tools.sweep --reg nll --doses 0 1,2 2,4         # each word is an arm; 0 is unsteered
     python -m tools.sweep --reg nll --teacher steered prompted --targets samples soft
     python -m tools.sweep --executor local --gpus 0 1 1       # three runs at once, two on GPU 1
     python -m tools.sweep --executor slurm --sbatch="--partition gpu --gpus-per-node 1"
@@ -44,7 +44,7 @@ class Config:
     agg: tuple[Literal["mean", "rmse", "p95", "max"], ...] = ("mean", "rmse")
     trait: tuple[str, ...] = ()  # of one axis, such as care and authority
     teacher: tuple[Literal["steered", "prompted"], ...] = ()
-    doses: tuple[str, ...] = ()  # an arm a word: its doses joined by commas
+    doses: tuple[str, ...] = ()  # each word is an arm, its doses joined by commas
     dose_nats: tuple[str, ...] = ()  # likewise
     top_k: tuple[int, ...] = ()  # 0: the whole vocabulary
     top_p: tuple[float, ...] = ()  # 1: the whole vocabulary
