@@ -117,10 +117,10 @@ def over_seeds(values: list[float | None], digits: int) -> str:
     if not known:
         return "n/a"
     mean = np.mean(known)
-    text = f"{mean:.{digits}f}"
+    text = f"{mean:z.{digits}f}"
     if len(known) >= 3:
         half = scipy.stats.t.ppf(0.975, len(known) - 1) * scipy.stats.sem(known)
-        text += f" [{mean - half:.{digits}f}, {mean + half:.{digits}f}]"
+        text += f" [{mean - half:z.{digits}f}, {mean + half:z.{digits}f}]"
     return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
 
 

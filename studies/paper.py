@@ -112,7 +112,7 @@ class Sweeps:
     def contrasts(self, pairs: dict[str, tuple], prefix: str = "") -> str:
         """A table of differences: {name: (arm, other arm, where)}, of the pairs that were run."""
         arms = [arm for pair in pairs.values() for arm in self.known(pair[:2], prefix)]
-        metrics, rows = self.metrics(arms), []
+        metrics, rows = ["Δtrait", *self.metrics(arms)], []
         for name, (*pair, where) in pairs.items():
             pair = self.known(pair, prefix)
             if len(pair) == 2:
