@@ -91,16 +91,16 @@ def judge(model, chat: Chat, rows: list[dict], personas: tuple[str, str],
 
 
 def collect(model, chat: Chat, train: list[str], personas: tuple[str, str], rules: Rules,
-            doses: list[float], n_keep: int, seed: int, folder: Path, max_batches: int = 8,
+            doses: list[float], n_keep: int, seed: int, folder: Path,
             **teacher) -> tuple[list[dict], list[dict]]:
-    """Sample and judge in batches of twice n_keep until these are kept; -> (kept, all rows).
+    """Sample and judge, in batches of at most 96, until n_keep are kept; -> (kept, all rows).
 
     They go into `folder` as kept.jsonl and sampled.jsonl, the latter in any case. teacher: as in
-    `sample_teacher`. Raises runs.Ended after max_batches, naming the rule that dropped most.
+    `sample_teacher`. Raises runs.Ended after 16 samples for each to keep, naming the worst rule.
     """
     doses_now, sampled = list(doses), []
-    batch = 2 * len(doses) * math.ceil(n_keep / len(doses))
-    for n in range(max_batches):
+    batch = min(96, 2 * len(doses) * math.ceil(n_keep / len(doses)))
+    for n in range(math.ceil(16 * n_keep / batch)):
         # 1. a batch, every prompt at each dose, with its reject reasons
         new = sample_teacher(model, chat, train, doses_now, batch, seed + n, **teacher)
         new = judge(model, chat, new, personas, rules)

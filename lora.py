@@ -185,7 +185,7 @@ def gates(model, history: float | list[float] = 1.0, live: float = 1.0):
 
     history may be a list, one gate per folded round. Raises ValueError where its length is another.
     """
-    modules = list(adapters(model).values())
+    modules = list(adapters(model).values()) if is_attached(model) or history or live else []
     if not isinstance(history, (int, float)):
         if len(history) != n_rounds(model):
             raise ValueError(f"{len(history)} history gates for {n_rounds(model)} folded rounds; "
@@ -287,7 +287,7 @@ def read(path) -> tuple[dict, dict[str, torch.Tensor]]:
         with safe_open(str(path), framework="pt") as f:
             metadata = json.loads(f.metadata()["baked_lora"])
             tensors = {key: f.get_tensor(key) for key in f.keys()}
-        return {"settings": (metadata["rank"], metadata["alpha"]), "round": metadata["round"],
+        return {"settings": (metadata["rank"], metadata["alpha"]), "round": int(metadata["round"]),
                 "fingerprint": metadata["fingerprint"]}, tensors
     except (SafetensorError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} is damaged, or was not written by lora.save ({e}); "

@@ -91,8 +91,9 @@ def valid_p(model, chat: Chat, vignettes: list[dict], system: str, vector, dose)
     answer = chat.suffix_ids(texts[0], ANSWER)
     letters = [chat.suffix_ids(texts[0] + ANSWER, letter)[0] for letter in LETTERS]
     states = row_states(model, prompts, [letters[:1]] * len(prompts), vector, dose, begun=answer)
-    p = logits(model, torch.cat(states)).float().softmax(-1)  # [vignettes, vocab]
-    return p[:, letters].sum(-1).double().cpu().numpy()
+    p = [logits(model, h).float().softmax(-1)[:, letters].sum(-1)  # of a part of the vignettes
+         for h in torch.cat(states).split(128)]
+    return torch.cat(p).double().cpu().numpy()
 
 
 @torch.no_grad()

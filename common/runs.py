@@ -21,6 +21,7 @@ A killed run is resumed after its last finished round, and ends in the same byte
 What is read and written is UTF-8 whatever the locale, and no terminal is too old for a λ.
 """
 import contextlib
+import errno
 import functools
 import itertools
 import json
@@ -191,7 +192,8 @@ def refuse_other_settings(config, folder: Path, free: tuple[str, ...] = (), fix:
     """Raises ValueError for the first setting, not in `free`, that differs from the run's."""
     before, asked = settings(read_config(type(config), folder)), settings(config)
     for name in asked:
-        if name not in free and asked[name] != before[name]:
+        was_moved = str(before[name]).startswith("./") and not (HERE / before[name]).exists()
+        if name not in free and asked[name] != before[name] and not was_moved:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} {asked[name]} was {before[name]} when {folder} began; "
                              f"fix: {fix}")
@@ -320,9 +322,10 @@ def machine(device: str) -> str:
         parts = [torch.cuda.get_device_name(device)]
     else:
         cpu = torch.cpu.get_capabilities()
+        name = cpu.get("cpu_name") or cpu["architecture"]
         # the widest instructions that it has for matrices: kernels differ by them
         widest = [x for x in ("amx_bf16", "avx512_bf16", "avx512_f", "avx2") if cpu.get(x)][:1]
-        parts = [cpu["cpu_name"], *widest, f"{torch.get_num_threads()} threads"]
+        parts = [name, *widest, f"{torch.get_num_threads()} threads"]
     libraries = [f"torch {torch.__version__}", f"transformers {transformers.__version__}"]
     return ", ".join([*parts, *libraries])
 
@@ -448,8 +451,10 @@ def locked(folder: Path) -> FileLock:
     except Timeout:
         raise ValueError(f"another process is at work in {folder}; "
                          "fix: wait for it, or choose another --out") from None
-    except (NotImplementedError, OSError) as e:  # some file systems have none
-        print(f"cannot lock {folder} ({e}): two processes in it are not kept apart",
+    except (NotImplementedError, OSError) as e:  # 524: ENOTSUPP, which errno does not name
+        if getattr(e, "errno", None) not in (None, errno.ENOLCK, errno.EOPNOTSUPP, 524):
+            raise
+        print(f"no locks on this file system ({e}): two processes in {folder} are not kept apart",
               file=sys.stderr)
     return lock
 
@@ -473,6 +478,9 @@ def begin(config, name: str, downstream: tuple[str, ...] = (), again: str = ""):
     if config.resume:
         refuse_other_settings(config, folder, ("model",),
                               "resume without the flag, or --fork the run")
+        forked = folder / f"forked_round_{rounds_done(folder)}"
+        if forked.is_dir():
+            check_rows(forked / "kept.jsonl")
     elif not is_free(folder):
         raise ValueError(f"--out {folder} is not empty; fix: another folder, or --resume {folder}")
     elif source:

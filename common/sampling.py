@@ -113,19 +113,21 @@ def halving(step, rows: list[int]) -> None:
 def training(model):
     """What holds while gradients are taken, and for the reference they are compared with.
 
-    On a CPU attention is plain products: the backward pass of torch's sdpa there costs a fifth of a
-    step. A GPU gives the same gradients each time, where it has kernels for that (not while
-    decoding: its writes in place would be sorted first).
+    On a CPU attention is plain products, whose memory grows with the square of a row's length: the
+    backward pass of torch's sdpa there costs a fifth of a step. A GPU gives the same gradients each
+    time, where it has kernels for that (not while decoding: its writes in place would be sorted).
     """
-    usual = model.config._attn_implementation
-    if model.device.type == "cpu":
-        model.set_attn_implementation("eager")
-    torch.use_deterministic_algorithms(model.device.type == "cuda", warn_only=True)
+    decoder, on_cpu = model.get_decoder(), model.device.type == "cpu"  # towers keep their own
+    usual = decoder.config._attn_implementation
+    if on_cpu:
+        decoder.set_attn_implementation("eager")
+    torch.use_deterministic_algorithms(not on_cpu, warn_only=True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-        model.set_attn_implementation(usual)
+        if on_cpu:
+            decoder.set_attn_implementation(usual)
 
 
 PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)  # cache layers of keys and values

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import MinLen
-from pydantic import AfterValidator, ConfigDict, FiniteFloat
+from pydantic import AfterValidator, ConfigDict, FiniteFloat, Strict
 from typing_extensions import TypedDict  # pydantic's own, before Python 3.12
 
 from common.runs import checked, read_json
@@ -39,6 +39,7 @@ def two_answers(probe: dict) -> dict:
 
 
 Text = Annotated[str, AfterValidator(not_empty)]
+Dose = Annotated[FiniteFloat, Strict()]  # no text, no true
 Lines = Annotated[list[Text], MinLen(1)]
 
 
@@ -68,13 +69,15 @@ class Trait:
     readout: Literal["cloze", "tinymfv", "probe"]  # unless a flag says otherwise
     axis: Literal[(*NATS, "probe_nats")]  # the metric that is the trait
     direction: Literal["up", "down"]  # where more of the trait is on it
-    doses: Annotated[tuple[FiniteFloat, ...], MinLen(1)]  # unless a flag says otherwise
+    doses: Annotated[tuple[Dose, ...], MinLen(1)]  # unless a flag says otherwise
     train: Lines  # prompts that training data is sampled on
     heldout: Lines  # prompts that a model answers when it is measured
-    controls: list[Probe]  # what should stay as it is: toward is the right answer
+    controls: Annotated[list[Probe], MinLen(2)]  # what should stay: toward is the right answer
     probes: list[Probe] = field(default_factory=list)  # toward shows the trait
 
     def __post_init__(self):
+        if len(self.probes) == 1:
+            raise ValueError("two or more 'probes', as an interval needs")
         if self.pos.strip() == self.neg.strip():
             raise ValueError("two different texts for pos and neg")
         with_probes = {self.readout == "probe", self.axis == "probe_nats", bool(self.probes)}
@@ -93,6 +96,8 @@ def load_trait(path) -> Trait:
     """The trait in a JSON file, every field of it checked."""
     fields = read_json(path)
     fields.pop("source", None)
+    if "name" in fields:
+        raise ValueError(f"{path}: name is unknown; fix: remove it, the file's own name counts")
     fields.setdefault("controls", read_json(DATA / "controls.json")["controls"])
     return checked(Trait, {"name": Path(path).stem, **fields}, f"{path}: ")
 
@@ -178,7 +183,7 @@ class Texts(Trait):
 def complete(config):
     """The config with what its flags left open (None) as its trait has it; -> a new one."""
     trait = find_trait(config.trait, getattr(config, "pos", None), getattr(config, "neg", None))
-    if trait.name == "custom":  # measured as care is, whatever --trait says
+    if getattr(config, "pos", None) is not None:  # measured as care is, whatever --trait says
         config = replace(config, trait="custom")
     by_nats = getattr(config, "dose_nats", None)  # instead of doses
     if by_nats and config.doses:

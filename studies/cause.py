@@ -86,6 +86,7 @@ def shares(changes: dict[str, float]) -> dict[str, float | None]:
 
 
 def main(cfg: Config) -> None:
+    names = ["/".join(folder.resolve().parts[-2:]) for folder in cfg.run]  # as in eight/nll_s0
     first = runs.read_config(heal_loop.Config, cfg.run[0])
     for folder in cfg.run:  # a mean over different arms would mean nothing
         runs.refuse_other_settings(first, folder, free=("seed",), fix="runs of one arm")
@@ -105,7 +106,7 @@ def main(cfg: Config) -> None:
                  for name in shares(by_run[0])]
     publish(f"""# The student's shift: added to the original, taken out of the student
 
-`python -m studies.cause {" ".join(map(str, cfg.run))}` · {ran_on(model)} ·
+`python -m studies.cause {" ".join(names)}` · {ran_on(model)} ·
 {first.n_vignettes or "all"} vignettes · Δtrait in its own direction, nats; in brackets, from three
 runs on, the 95 % t-interval over runs
 

@@ -146,8 +146,6 @@ def recipe(config: dict) -> list:
 def main(cfg: Config) -> None:
     cfg.out.mkdir(parents=True, exist_ok=True)
     sweeps = Sweeps(cfg.records, cfg.out)
-    figure = frontier.figure(sweeps.named(BARRIER), ["Δtrait", "plain text"], "finished rounds")
-    figure.savefig(cfg.barrier, dpi=160)
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent),
                                    undefined=jinja2.StrictUndefined, trim_blocks=True,
                                    keep_trailing_newline=True)
@@ -156,6 +154,8 @@ def main(cfg: Config) -> None:
         page = templates.get_template(f"{name}.md.j2").render(ask)
         runs.write_text(cfg.out / f"{name}.md", page)
         print(cfg.out / f"{name}.md")
+    figure = frontier.figure(sweeps.named(BARRIER), ["Δtrait", "plain text"], "finished rounds")
+    figure.savefig(cfg.barrier, dpi=160)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def collected(folder, rules, n_keep, doses=(1.0, 300.0), **how):
     """On the student, steered towards the end of the turn: at dose 300 it says nothing else."""
     end = embedded_chat().end_of_turn()[-1]
     vector = SteeringVector({4: a_student().lm_head.weight[end].detach().clone()})
-    how = dict(max_new_tokens=16, max_batches=8, temperature=0.3) | how
+    how = dict(max_new_tokens=16, temperature=0.3) | how
     return collect(a_student(), embedded_chat(), ["Hi.", "Is it kind?"], PERSONAS, rules, doses,
                    n_keep, 1, folder, vector=vector, **how)
 
@@ -179,9 +179,9 @@ def test_the_files_are_the_rows_and_the_same_for_the_same_seed(tmp_path):
 
 
 def test_too_few_kept_names_the_rule_and_leaves_what_was_sampled(tmp_path):
-    why = r"0 of 4 after 16 samples at doses down to 0\.7; dropped: short 16; .*\(--min-words\)"
+    why = r"0 of 4 after 64 samples at doses down to 0\.08\d*; dropped: short 64; .*\(--min-words\)"
     with pytest.raises(runs.Ended, match=why):
-        collected(tmp_path, Rules(min_words=99), n_keep=4, doses=(1.0, 2.0), max_batches=2)
+        collected(tmp_path, Rules(min_words=99), n_keep=4, doses=(1.0, 2.0))
     rows = runs.read_jsonl(tmp_path / "sampled.jsonl")
-    assert len(rows) == 16 and {r["reject_reason"] for r in rows} == {"short"}
+    assert len(rows) == 64 and {r["reject_reason"] for r in rows} == {"short"}
     assert not (tmp_path / "kept.jsonl").exists()

@@ -85,10 +85,7 @@ def print_metrics(cfg: EvaluateConfig) -> None:
     model, chat = checks.load(cfg.model, cfg.device, cfg.dtype)
     measure = partial(evaluate.measure, model, chat, reading, readout=cfg.readout,
                       max_new_tokens=cfg.max_new_tokens)
-    if cfg.adapter:
-        lora.load(model, cfg.adapter)
-    else:
-        lora.attach(model)  # whose gates, shut, are the original
+    lora.load(model, cfg.adapter)
     with lora.gates(model, history=0, live=0):
         events = {"original": measure("original")}
     if cfg.adapter or vector:
