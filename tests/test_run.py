@@ -25,7 +25,7 @@ GOLDEN = {
     "base -1": {"auth_nats": -1.94590, "perplexity": 33926.2, "text_nats": 10.80773,
                 "control_nats": -0.094224},
     "steered 0": {"auth_nats": -1.95982, "perplexity": 34095.8, "drift": 0.00014725},
-    "heal 0": {"data_loss": 10.42807, "D": 0.00030779, "grad_norm": 0.70939,
+    "heal 0": {"data_loss": 10.43048, "D": 0.00031163, "grad_norm": 0.71661,
                "held_out_before": 10.43616, "held_out_after": 10.45327},
     "healed 0": {"auth_nats": -1.97185, "perplexity": 34203.2, "drift": 0.00024565},
     "healed 1": {"auth_nats": -1.98773, "perplexity": 34523.2, "drift": 0.00062643}}
