@@ -4,7 +4,7 @@
     floor   bytes that the decode steps must read (weights once a step, keys and values of every
             row) / bandwidth of a copy on this device, measured in this run
 
-    python -m studies.bench > results/bench.md                        # some minutes on 2 cores
+    python -m studies.bench > results/bench.md                  # a quarter of an hour on 2 cores
     python -m studies.bench --model google/gemma-3-4b-it --tokens 256                 # a GPU
 
 The alternatives stand below in full, from standard parts: `model.generate` with forward hooks, PEFT
