@@ -106,7 +106,7 @@ def main(cfg: Config) -> None:
                  for name in shares(by_run[0])]
     publish(f"""# The student's shift: added to the original, taken out of the student
 
-`python -m studies.cause {" ".join(names)}` · {ran_on(model)} ·
+`python -m studies.cause {" ".join(f"runs/{name}" for name in names)}` · {ran_on(model)} ·
 {first.n_vignettes or "all"} vignettes · Δtrait in its own direction, nats; in brackets, from three
 runs on, the 95 % t-interval over runs
 
