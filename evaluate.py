@@ -111,7 +111,7 @@ def evaluate(model, chat: Chat, reading: texts.Texts, readout: str = "cloze", co
 
 
 def measure(model, chat: Chat, reading: texts.Texts, name: str, readout: str = "cloze",
-            constants=None, think_tokens: int = 64, max_new_tokens: int = 48, **kwargs) -> dict:
+            constants=None, think_tokens: int = 64, max_new_tokens: int = 64, **kwargs) -> dict:
     """Evaluate the model as it stands and let it generate; prints a line; -> one event."""
     profile = evaluate(model, chat, reading, readout, constants, think_tokens, **kwargs)
     generated = generate(model, chat, reading.heldout[:12], reading.plain,

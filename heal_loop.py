@@ -7,13 +7,11 @@ train a fresh LoRA on that with a barrier against drifting from the original:
     D    = mean_t KL_t, or sqrt(mean_t KL_t² + ε), or quantile_95, or max_t    of a completion
     loss = CE + λ · mean over completions of relu(D − τ)                    nats
 
-Then freeze the adapter beside those of earlier rounds (all switched off, the original is back, bit
-for bit), measure, and go round again.
+Then freeze the adapter beside those of earlier rounds, measure, and go round again.
 
     python heal_loop.py --reg kl_rev --agg rmse            # embedded 135M model, CPU, a few minutes
     python heal_loop.py --model google/gemma-3-4b-it --readout tinymfv --rounds 8     # a GPU
     python heal_loop.py --resume runs/X                    # on, after its last finished round
-    python heal_loop.py --fork runs/X --at 2 --tau 0.2     # round 2's data healed another way
 """
 import functools
 import math
@@ -54,6 +52,7 @@ class Config:
     dose_nats: runs.DoseNats | None = None  # doses by effect: nats of KL of the next token
     n_keep: runs.AtLeast2 = 48  # completions to keep
     max_new_tokens: runs.AtLeast1 = 64  # longest completion, in tokens
+    prompt_suffix: str = texts.SUFFIX  # put behind each prompt; "" for longer answers
     top_k: runs.WholeFrom0 = 64  # sample from the k most probable tokens; 0: from all
     top_p: runs.Above0To1 = 0.95  # and from the fewest that have this probability; 1: from all
     min_words: runs.WholeFrom0 = 8  # completions with fewer words teach nothing
@@ -175,7 +174,8 @@ def heal_round(model, chat, kept: list[dict], cfg: Config, seed: int, reference:
 
     # 2. the hidden states of reference and teacher, once: a round leaves both as they are
     data, sizes = [], [len(prompt) + len(completion) for prompt, completion, _ in train]
-    for part in batches(model, range(len(train)), sizes, cfg.batch_size):
+    even = math.ceil(len(train) / math.ceil(len(train) / cfg.batch_size))  # no small last batch
+    for part in batches(model, range(len(train)), sizes, even):
         asked, completions, part_rows = zip(*(train[i] for i in part))
         lengths, soft = [len(c) for c in completions], None
         with torch.no_grad(), training(model), lora.gates(model, history=reference or 0, live=0):

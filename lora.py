@@ -126,7 +126,7 @@ def attach(model, rank: int = 16, alpha: float = 32.0, layers: tuple[float, floa
         blocks = model.get_decoder().layers  # of a multimodal checkpoint, its text model's
 
     # 1. every linear in the chosen blocks, but no subclass: it may compute something else
-    chosen = blocks[round(layers[0] * len(blocks)): round(layers[1] * len(blocks))]
+    chosen = blocks[int(layers[0] * len(blocks)): int(layers[1] * len(blocks) + 0.5)]
     inside = {id(m) for block in chosen for m in block.modules()}
     names = [name for name, m in model.named_modules() if id(m) in inside
              and type(m) is nn.Linear and (not targets or name.rpartition(".")[2] in targets)]

@@ -32,7 +32,7 @@ class Generated:
 
 @torch.no_grad()
 def generate(model, chat: Chat, prompts: list[str], plain: list[str], system: str = NEUTRAL,
-             vector: SteeringVector | None = None, dose: float = 0.0, max_new_tokens: int = 48,
+             vector: SteeringVector | None = None, dose: float = 0.0, max_new_tokens: int = 64,
              seed: int = 0, draws: int = 3) -> Generated:
     """Let the model as it stands answer; the original, by the gates, is always asked plainly."""
     # 1. `draws` sampled answers a prompt, drawn with the same numbers for every model

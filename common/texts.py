@@ -20,6 +20,7 @@ from typing_extensions import TypedDict  # pydantic's own, before Python 3.12
 from common.runs import checked, read_json
 
 DATA = Path(__file__).parent.parent / "data"
+SUFFIX = "Answer in one sentence."  # so that most answers end within 64 tokens
 FOUNDATIONS = ("Care", "Fairness", "Loyalty", "Authority", "Sanctity", "Liberty", "SocialNorms")
 NATS = ("care_nats", "fairness_nats", "loyalty_nats", "auth_nats", "sanctity_nats", "liberty_nats",
         "norms_nats")  # the metric of each foundation
@@ -196,7 +197,7 @@ def complete(config):
 def read(config) -> Texts:
     """Read and check everything at once. config: any command's; for what has no flag, the usual."""
     flags = {"pos": None, "neg": None, "n_contexts": None, "readout": None, "n_vignettes": 0,
-             "vignettes": DATA / "vignettes.json"} | vars(config)
+             "vignettes": DATA / "vignettes.json", "prompt_suffix": SUFFIX} | vars(config)
     trait = find_trait(flags["trait"], flags["pos"], flags["neg"])
     readout = flags["readout"] or trait.readout
     if (readout == "probe") != (trait.readout == "probe"):
@@ -206,6 +207,9 @@ def read(config) -> Texts:
     if (flags["n_contexts"] or 0) > len(contexts):
         raise ValueError(f"--n-contexts {flags['n_contexts']} of {len(contexts)} in "
                          f"{DATA / 'contexts.json'}; fix: at most {len(contexts)}")
-    return Texts(**vars(replace(trait, readout=readout)), contexts=contexts[:flags["n_contexts"]],
+    train, heldout = ([f"{prompt} {flags['prompt_suffix']}".strip() for prompt in prompts]
+                      for prompts in (trait.train, trait.heldout))
+    trait = replace(trait, readout=readout, train=train, heldout=heldout)
+    return Texts(**vars(trait), contexts=contexts[:flags["n_contexts"]],
                  plain=load_rows(DATA / "plain.json", "texts")[:12],
                  vignettes=load_vignettes(flags["vignettes"], flags["n_vignettes"]))
