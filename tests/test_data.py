@@ -96,11 +96,18 @@ def test_flags_win_over_the_trait():
         texts.read(Config(n_contexts=500))
 
 
+def test_every_prompt_that_is_answered_has_the_suffix():
+    care, usual, plain = TRAITS["care"], texts.read(Config()), texts.read(Config(prompt_suffix=""))
+    assert (plain.train, plain.heldout) == (care.train, care.heldout)
+    assert usual.train == [f"{prompt} Answer in one sentence." for prompt in care.train]
+    assert usual.heldout == [f"{prompt} Answer in one sentence." for prompt in care.heldout]
+
+
 def test_a_pair_of_ones_own_is_measured_as_care_is():
     own = texts.complete(Config(pos="Be brief.", neg="Be wordy."))
     reading = texts.read(own)
     assert (own.trait, reading.pos, reading.neg) == ("custom", "Be brief.", "Be wordy.")
-    assert (reading.axis, reading.train) == ("auth_nats", TRAITS["care"].train)
+    assert (reading.axis, reading.train) == ("auth_nats", texts.read(Config()).train)
     wrong = {"": "--neg: neg '' ", "Be brief.": "--neg: is not allowed; fix: two different",
              "\udce9t\udce9": "surrogate"}
     for neg, words in wrong.items():

@@ -22,14 +22,14 @@ from conftest import ROOT, command, flags, python
 # of the run in conftest.py, in float32. A change of the method or of data/ changes them: the test
 # prints the new ones (pytest -rA)
 GOLDEN = {
-    "base -1": {"auth_nats": -1.94590, "perplexity": 33926.2, "text_nats": 10.80773,
+    "base -1": {"auth_nats": -1.94590, "perplexity": 33977.5, "text_nats": 10.80773,
                 "control_nats": -0.094224},
-    "steered 0": {"auth_nats": -1.95982, "perplexity": 34095.8, "drift": 0.00014725},
-    "heal 0": {"data_loss": 10.43048, "D": 0.00031163, "grad_norm": 0.71661,
-               "held_out_before": 10.43616, "held_out_after": 10.45327},
-    "healed 0": {"auth_nats": -1.97185, "perplexity": 34203.2, "drift": 0.00024565},
-    "healed 1": {"auth_nats": -1.98773, "perplexity": 34523.2, "drift": 0.00062643}}
-TOKENS = "fbb9d1db2817145e"
+    "steered 0": {"auth_nats": -1.95982, "perplexity": 34188.9, "drift": 0.00015080},
+    "heal 0": {"data_loss": 10.42675, "D": 0.00017017, "grad_norm": 0.67383,
+               "held_out_before": 10.44296, "held_out_after": 10.44118},
+    "healed 0": {"auth_nats": -1.97988, "perplexity": 34088.2, "drift": 0.00011151},
+    "healed 1": {"auth_nats": -1.98993, "perplexity": 34275.2, "drift": 0.00036265}}
+TOKENS = "475bac3058f2ce86"
 RAN = ["machine", "base", "distil", "steered", "heal", "healed"]
 
 
