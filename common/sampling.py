@@ -305,15 +305,16 @@ def row_states(model, prompts: list[list[int]], completions: list[list[int]],
 
 
 @torch.no_grad()
-def score(model, prompts: list[list[int]], completions: list[list[int]], *args,
-          **kwargs) -> list[torch.Tensor]:
-    """Log-probability of each completion token given all before it, nats.
+def score(model, prompts: list[list[int]], completions: list[list[int]],
+          vector: SteeringVector | None = None, dose: float = 0.0, begun: list[int] = (),
+          batch_size: int | None = None) -> list[torch.Tensor]:
+    """Log-probability of each completion token given all before it, nats: as `row_states` batches.
 
-    -> one [len(completion)] float32 tensor each. args, kwargs: of `row_states`.
+    -> one [len(completion)] float32 tensor each.
     """
     if not any(completions):
         return [torch.empty(0)] * len(completions)
-    by_row = row_states(model, prompts, completions, *args, **kwargs)
+    by_row = row_states(model, prompts, completions, vector, dose, begun, batch_size)
     states = torch.cat([h for h in by_row if len(h)])  # [Σ tokens, d_model]
     tokens = torch.tensor([token for c in completions for token in c], device=states.device)
     logp = []
