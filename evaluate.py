@@ -3,8 +3,8 @@
     p_i[f]      probability that foundation f is why vignette i is wrong        (rows sum to 1)
     auth_nats   log mean_i p_i[Authority], and so for each foundation                      (nats)
     probe_nats  mean_j log p(toward_j) − log p(away_j), a trait's own probes                (nats)
-    coherence   mean_i of the probability of a valid answer, A to G                 (p_ans_any)
-    coh_cost    |Δ coherence| / |Δ trait|                               (the headline; guarded)
+    coherence   mean_i of the probability of a valid answer, A to G                 (valid_p)
+    coh_cost    |Δ coherence| / |Δ trait|                               (none after a collapse)
 
 One of the first three is the trait's axis. How the model is asked is in common/readouts.py: `cloze`
 for the small, `tinymfv` for about 1B and up, `probe` for any trait at all.
@@ -154,10 +154,10 @@ class Estimate:
 
 
 def paired(statistic, base: Profile, after: Profile, n: int = 2000) -> Estimate:
-    """statistic(change), change(metric) being its Δ; both models' items are resampled together.
+    """statistic(change) with its interval; change(metric) is the Δ of that metric.
 
-    Vignettes, probes and controls are three samples. BCa bootstrap, percentile where BCa is
-    undefined. Raises ValueError for different items.
+    Both models' items are resampled together; vignettes, probes, controls are three samples.
+    BCa bootstrap, percentile where BCa is undefined. Raises ValueError for different items.
     """
     groups = ["coherence", "probe_nats", "control_nats"]  # one metric of each sample
     groups = [g for g in groups if base.items(g) is not None and after.items(g) is not None]

@@ -52,9 +52,9 @@ class Config:
     dose_nats: runs.DoseNats | None = None  # doses by effect: nats of KL of the next token
     n_keep: runs.AtLeast2 = 48  # completions to keep
     max_new_tokens: runs.AtLeast1 = 64  # longest completion, in tokens
-    prompt_suffix: str = texts.SUFFIX  # put behind each prompt; "" for longer answers
+    prompt_suffix: str = texts.SUFFIX  # appended to each prompt; "" for longer answers
     top_k: runs.WholeFrom0 = 64  # sample from the k most probable tokens; 0: from all
-    top_p: runs.Above0To1 = 0.95  # and from the fewest that have this probability; 1: from all
+    top_p: runs.Above0To1 = 0.95  # and from the fewest that have this probability; 1: no cut
     min_words: runs.WholeFrom0 = 8  # completions with fewer words teach nothing
     max_repetition: runs.Above0To1 = 0.2  # largest share of repeated n-grams (sampling.repetition)
     min_diversity: runs.ZeroTo1 = 0.7  # smallest share of distinct words in any run of 16
@@ -65,7 +65,7 @@ class Config:
     lora_layers: runs.DepthRange = (0.2, 0.8)  # depth range that is adapted, as fractions
     merge: bool = True  # keep a merged copy of the adapted weights: faster, more memory
     targets: Literal["samples", "soft"] = "samples"  # CE, or KL(teacher ‖ student) per token
-    reg: Literal["nll", "kl_fwd", "kl_rev", "wd"] = "kl_rev"  # D, or none, or weight decay
+    reg: Literal["nll", "kl_fwd", "kl_rev", "wd"] = "kl_rev"  # nll: no barrier
     agg: Literal["mean", "rmse", "p95", "max"] = "rmse"  # how per-position KL becomes D
     lam: runs.From0 = 2.0  # λ, the barrier's weight
     tau: runs.From0 = 0.8  # τ in nats: the barrier acts where D exceeds it
@@ -79,7 +79,7 @@ class Config:
     think_tokens: runs.AtLeast1 = 64  # tinymfv's thinking before it answers
     vignettes: Path = texts.DATA / "vignettes.json"  # or tinymfv:classic
     n_vignettes: int = 42  # how many, balanced over the foundations; 0 is all
-    baselines: bool = True  # also the persona as a prompt, and steering alone at equal trait
+    baselines: bool = True  # also the persona as a prompt, and steering alone at matched trait
     # the run folder
     out: Path | None = None  # new or empty; default runs/<time>_<trait>_<reg>_<agg>_s<seed>
     resume: Path | None = None  # go on with this run after its last finished round

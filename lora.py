@@ -14,7 +14,7 @@ For a linear W x + b, rounds i and s = alpha / rank (Hu et al. 2021, arXiv 2106.
     lora.save(model, "round_0.safetensors")        # a round is a file
 
 W is never written to: gates and detach give the base back exactly. The history at gate 1 is one
-dense weight W + s Σ B_i A_i of its own, as fast as none (merge=False saves that memory).
+dense weight W + s Σ B_i A_i of its own: as fast as the original (merge=False saves that memory).
 """
 import contextlib
 import hashlib
@@ -181,7 +181,7 @@ def n_rounds(model) -> int:
 
 @contextlib.contextmanager
 def gates(model, history: float | list[float] = 1.0, live: float = 1.0):
-    """Within the context: (0, 0) is the original, (1, 0) the previous student, (1, 1) the student.
+    """Within the context: (0, 0) is the original, (1, 0) the student, (1, 1) with its live adapter.
 
     history may be a list, one gate per folded round. Raises ValueError where its length is another.
     """
@@ -189,7 +189,7 @@ def gates(model, history: float | list[float] = 1.0, live: float = 1.0):
     if not isinstance(history, (int, float)):
         if len(history) != n_rounds(model):
             raise ValueError(f"{len(history)} history gates for {n_rounds(model)} folded rounds; "
-                             "fix: one dose per round")
+                             "fix: one gate per round")
         all_gates = torch.tensor(history, dtype=torch.float32, device=modules[0].A.device)
         all_equal = len(set(history)) == 1  # one number: 0 skips the product, 1 takes the merged
         history = float(history[0]) if all_equal else all_gates.repeat_interleave(modules[0].rank)

@@ -171,15 +171,15 @@ def extract_vector(model, pos: list[list[int]], neg: list[list[int]], layers: li
 @torch.no_grad()
 def calibrate(model, vector: SteeringVector, prompts: list[list[int]], nats: float,
               tokens: int = 16) -> float:
-    """The dose at which the vector moves the model's next token by `nats`, on any trait and model.
+    """The dose at which the vector moves the model's next token by `nats`; to 1 %, by bisection.
 
-    To 1 % of the dose, by bisection: the 95th percentile, over prompts and the first `tokens`
-    tokens of their answers, of KL(steered ‖ unsteered) (iso-KL: wassname/steering-lite). The
-    answers are the unsteered model's, greedy. Raises ValueError where no dose up to 1024 does it.
+    How far it moves: the 95th percentile, over prompts and the first `tokens` tokens of their
+    answers, of KL(steered ‖ unsteered) (iso-KL: wassname/steering-lite). The answers are the
+    unsteered model's, greedy. Raises ValueError where no dose up to 1024 does it.
     """
     check_room(model, max(map(len, prompts)), tokens)
     parts = batches(model, range(len(prompts)), [len(p) + tokens for p in prompts], len(prompts))
-    ids, mask, _ = left_pad([prompts[i] for i in max(parts, key=len)], model.device)  # long rope
+    ids, mask, _ = left_pad([prompts[i] for i in max(parts, key=len)], model.device)  # one side
 
     def next_logits(n):  # of the last n positions, [prompts, n, vocab]
         positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -233,7 +233,7 @@ def rope_switch(model) -> int:
 
 
 def batches(model, order, lengths: list[int], rows: int) -> list[list[int]]:
-    """`order`, indices into lengths, cut into batches of at most `rows` rows and so many tokens.
+    """`order`, indices into lengths, cut into batches of at most `rows` rows and `tokens` tokens.
 
     Under long rope no batch has rows on both sides of the switch.
     """

@@ -7,7 +7,8 @@
     loop         some run of 16 words holds less than `min_diversity` distinct words
     perplexity   more than `max_perplexity` over its worst 24 tokens in a row, under the original
 
-A completion that tells of the trait teaches to tell of it; one that shows it teaches the trait.
+A completion that talks about the trait teaches the student to talk about it; one that shows the
+trait teaches the trait.
 """
 import re
 from collections import Counter

@@ -3,8 +3,8 @@
     drift    mean_t KL(model ‖ original) over the model's own sampled answers      (nats)
     entropy  mean_t −Σ_v p_t(v) log p_t(v) of the model on them: low where it was sharpened (nats)
 
-Perplexity and drift measure DISTANCE from the original, which a barrier trains on. Each is drawn
-three times, so that the noise of sampling is visible.
+Perplexity and drift measure DISTANCE from the original, which a barrier trains on. Answers
+are sampled three times, so that the noise of sampling is visible.
 """
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ class Generated:
 def generate(model, chat: Chat, prompts: list[str], plain: list[str], system: str = NEUTRAL,
              vector: SteeringVector | None = None, dose: float = 0.0, max_new_tokens: int = 64,
              seed: int = 0, draws: int = 3) -> Generated:
-    """Let the model as it stands answer; the original, by the gates, is always asked plainly."""
+    """Let the model as it stands answer; the original (gates at 0) gets the neutral prompt."""
     # 1. `draws` sampled answers a prompt, drawn with the same numbers for every model
     asked = [chat.ids(p, system) for p in prompts] * draws
     plainly = [chat.ids(p) for p in prompts] * draws

@@ -150,7 +150,7 @@ def check_ranges(config) -> None:
     config.__dict__.update(vars(checked(type(config), vars(config), "--")))
 
 
-# where and when, nothing that changes a number
+# where a run is, and where it runs: its `machine` events say that
 NOT_IN_CONFIG = ("out", "resume", "fork", "at", "device")
 
 
@@ -237,8 +237,8 @@ def check_rows(path, n_tokens: int | None = None) -> list[dict]:
 def cli(config_class, main, rest: str | None = None) -> None:
     """Parse flags into a dataclass, run `main(config)`; a user's mistake is one line on stderr.
 
-    With --resume or --fork, what no flag says is as the earlier run had it. rest: a field, itself a
-    dataclass, whose flags are what config_class does not know.
+    With --resume or --fork, flags that are not given keep the earlier run's values. rest: a field,
+    itself a dataclass, that takes the flags which config_class does not know.
     Exit codes: 0 done, 1 bad input or data, 2 flags that do not parse (tyro's words),
     130 interrupted.
     """
@@ -315,7 +315,7 @@ def read_events(folder: Path) -> list[dict]:
 
 
 def machine(device: str) -> str:
-    """What decides over the last digits of a number: processor, threads, library versions."""
+    """What results depend on beside the settings: processor, threads, library versions."""
     if device == "auto" and torch.cuda.is_available():
         device = "cuda"
     if device.startswith("cuda"):
@@ -467,7 +467,7 @@ def begin(config, name: str, downstream: tuple[str, ...] = (), again: str = ""):
     again: the command that goes on with it, if not heal_loop.py.
     Raises ValueError for a taken folder, another process at work, or settings that do not fit.
     """
-    # 1. which folder, and whether it may be used; of which model the adapters are, they say
+    # 1. which folder, and whether it may be used; the adapters check their model themselves
     check_ranges(config)
     folder = config.resume or config.out or Path(f"runs/{datetime.now():%Y%m%d-%H%M%S}_{name}")
     source, at = config.fork, config.at

@@ -113,9 +113,9 @@ def halving(step, rows: list[int]) -> None:
 def training(model):
     """What holds while gradients are taken, and for the reference they are compared with.
 
-    On a CPU attention is plain products, whose memory grows with the square of a row's length: the
-    backward pass of torch's sdpa there costs a fifth of a step. A GPU gives the same gradients each
-    time, where it has kernels for that (not while decoding: its writes in place would be sorted).
+    On a CPU attention is plain products, whose memory grows with the square of a row's length: with
+    the backward pass of torch's sdpa a step takes a fifth longer. On a GPU deterministic kernels
+    run where there are some (not while decoding: its writes in place would be sorted).
     """
     decoder, on_cpu = model.get_decoder(), model.device.type == "cpu"  # towers keep their own
     usual = decoder.config._attn_implementation
@@ -155,7 +155,7 @@ def new_cache(model) -> Cache:
 
 
 def is_plain(model) -> bool:
-    """Whether a token's past is the tokens it sees at their positions, wherever they stand.
+    """Whether attention depends on nothing but the visible tokens and their position ids.
 
     Rotary positions under full attention. A window would count what stands between, and a recurrent
     state would absorb it.
@@ -168,7 +168,7 @@ def is_plain(model) -> bool:
 def common_beginning(model, prompts: list[tuple[int, ...]]) -> tuple[int, ...]:
     """The tokens that all prompts begin with, where it is exact to run them once; else none.
 
-    Between them and a shorter prompt's rest stands its padding.
+    A shorter prompt has its padding between them and its rest.
     """
     if len(prompts) < 2 or not is_plain(model):
         return ()
@@ -217,7 +217,7 @@ def prefill(model, prompts: list[list[int]], begun: list[int] = (), vector=None,
 def shares_prompts(model, prompts: list[list[int]]) -> bool:
     """Whether equal prompts are run once: in three passes, where one pass would repeat them.
 
-    Products cost on a CPU, so there always. Launches cost on a GPU, so there only where more than
+    On a CPU products take the time: always. On a GPU launches do: only where more than
     four rows have the same prompt, as in the cloze readout. Never under linear attention, which no
     cache continues with gradients, nor under long rope, which the length of the whole row decides.
     """
@@ -330,7 +330,7 @@ def score_answers(model, prompts: list[list[int]], answers: list[list[int]],
     """Log-probability of each of the same answers after each prompt: [prompts, answers], nats.
 
     The answers stand side by side in one row a prompt, and each sees the prompt and itself: a tree
-    in place of a row an answer. Where the model's past is not plain, a row an answer all the same.
+    in place of a row an answer. Where `is_plain` is false, each answer gets a row of its own.
     """
     if not is_plain(model):
         repeated = [prompt for prompt in prompts for _ in answers]

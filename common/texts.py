@@ -1,6 +1,6 @@
 """What a model is given to read, from data/ and checked: a trait, contexts, plain text, vignettes.
 
-    config = texts.complete(config)    # what no flag sets is as the trait has it
+    config = texts.complete(config)    # what no flag sets, the trait says
     reading = texts.read(config)       # a mistake in any file ends it here, before a model loads
     reading.pos, reading.contexts, reading.train, reading.heldout, reading.vignettes
 
@@ -182,7 +182,7 @@ class Texts(Trait):
 
 
 def complete(config):
-    """The config with what its flags left open (None) as its trait has it; -> a new one."""
+    """A copy of the config in which each None is replaced by the trait's own value."""
     trait = find_trait(config.trait, getattr(config, "pos", None), getattr(config, "neg", None))
     if getattr(config, "pos", None) is not None:  # measured as care is, whatever --trait says
         config = replace(config, trait="custom")
@@ -195,7 +195,7 @@ def complete(config):
 
 
 def read(config) -> Texts:
-    """Read and check everything at once. config: any command's; for what has no flag, the usual."""
+    """Read and check all at once. config: any command's; flags that it lacks get their defaults."""
     flags = {"pos": None, "neg": None, "n_contexts": None, "readout": None, "n_vignettes": 0,
              "vignettes": DATA / "vignettes.json", "prompt_suffix": SUFFIX} | vars(config)
     trait = find_trait(flags["trait"], flags["pos"], flags["neg"])

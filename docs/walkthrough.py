@@ -192,8 +192,9 @@ fig.savefig(ROOT / "docs/kl_per_token.png", dpi=150)
 # - the **95th percentile** sees four tokens of 72, and would not see them among 144;
 # - the **max** sees a single token, and jumps with it.
 #
-# A lower τ for the mean would also stop a student that spends a little at every token, which is the
-# trait as we want it. A student learns by gradients: the printed shares say where each $D$ pushes.
+# A lower τ for the mean would also stop a student that spends a little at every token, and that is
+# how we want the trait. A student learns by gradients: the printed shares say where each $D$
+# pushes.
 #
 # **Why rmse: it pushes at each token in proportion to its KL,**
 # $\partial D / \partial \text{KL}_t = \text{KL}_t / (T D)$ with $T$ tokens. All broken tokens are
@@ -250,7 +251,7 @@ for step in range(5):
     optimizer.zero_grad()
 
 # %% [markdown]
-# At step 0 the barrier is exactly 0. Once a completion climbs over τ, it pushes back and $D$ turns.
+# At step 0 the barrier is exactly 0. Once a completion's $D$ exceeds τ, it pushes back.
 # `heal_loop.heal_step` is the same step, with one completion's logits in memory at a time, and
 # `heal_round` the whole round, on all kept rows and from a fresh adapter:
 

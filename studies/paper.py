@@ -8,7 +8,7 @@ The words stand in studies/paper.md.j2, and ask the records for their numbers. A
     {{ get("eight/nll", "plain text", level=5) }}       where it first moved 5 nats
     {{ difference("long/nll", "mild/nll", "Δtrait", r=2) }}     within seeds
 
-Arms of the new readout that have not been run are left out. commands.md lists what made each sweep.
+Arms that have not been run are left out. commands.md lists what made each sweep.
 """
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,7 +85,7 @@ class Sweeps:
         return [prefix + arm for arm in arms if prefix + arm in self.arms]
 
     def metrics(self, arms: list[str]) -> list[str]:
-        """What the two tables of the new readout show."""
+        """What the tables over all wordings show."""
         metrics = frontier.metrics_of(self.named(arms))
         return [name for name in metrics if name not in ("drift", "repetition", "judge")]
 

@@ -36,10 +36,10 @@ SETTINGS = {"dose": float, "round": int, "seed": int, "system": str}
 @dataclass
 class Config:
     run: tyro.conf.Positional[Path]  # run folder of heal_loop.py
-    model: str | None = None  # the base model, where it is not where the run found it
+    model: str | None = None  # the base model, if it has moved since the run
     device: str = "auto"  # auto, cuda, mps or cpu
     round: runs.WholeFrom0 | None = None  # whose vector and student, from 0; default: the last
-    dose: runs.Finite | None = None  # history gate and dose; default: 1, and the round's mean dose
+    dose: runs.Finite | None = None  # of history (a gate) and vector; default: 1, mean
     seed: runs.Seed = 0  # of the sampling
     system: str = NEUTRAL  # system prompt of all three
     max_new_tokens: runs.AtLeast1 = 128  # longest answer, in tokens

@@ -75,7 +75,7 @@ class EvaluateConfig:
     vignettes: Path = texts.DATA / "vignettes.json"  # or tinymfv:classic
     n_vignettes: int = 42  # how many, balanced over the foundations; 0 is all
     max_new_tokens: runs.AtLeast1 = 64  # longest answer of the generation metrics, in tokens
-    prompt_suffix: str = texts.SUFFIX  # put behind each prompt that is answered
+    prompt_suffix: str = texts.SUFFIX  # appended to each prompt that is answered
 
 
 def print_metrics(cfg: EvaluateConfig) -> None:

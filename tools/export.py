@@ -34,8 +34,8 @@ class Config:
     to: Literal["peft", "merged", "gguf"] = "peft"  # an adapter, a checkpoint, or a control vector
     out: Path = Path("export")  # a new folder; for gguf a new file
     dose: runs.Finite = 1.0  # history gate of peft and merged: 0 is the original, 1 the student
-    round: runs.WholeFrom0 = 0  # whose vector gguf takes: 0 the original's, N round N's student's
-    model: str | None = None  # the base model, where it is not where the run found it
+    round: runs.WholeFrom0 = 0  # whose vector gguf takes; of 0: extracted from the original
+    model: str | None = None  # the base model, if it has moved since the run
 
 
 def export_peft(model, folder, dose: float = 1.0) -> None:

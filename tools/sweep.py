@@ -9,8 +9,8 @@
 
 Every flag of heal_loop.py works here too and holds for all arms. The same command goes on where it
 stopped. Runs that differ only in how they heal share round 0 up to its healing: the first of them
-makes it, the others are forks of it. --only NAME makes that one run: so the executors call it, and
-so may any other scheduler.
+makes it, the others are forks of it. --only NAME makes that one run: the executors call it so, and
+any other scheduler may.
 
 When all is run, a record of each run (its metrics, no texts) is in results/runs/NAME, NAME that of
 --out: one JSON line of settings, and one per event.
@@ -39,7 +39,7 @@ from common import checks, runs, texts
 
 @dataclass
 class Config:
-    # what arms differ in: every combination is an arm; a list left out is as heal_loop.py has it
+    # what arms differ in: every combination is an arm; an empty list is heal_loop.py's default
     reg: tuple[Literal["nll", "kl_fwd", "kl_rev", "wd"], ...] = ("nll", "kl_fwd", "kl_rev", "wd")
     agg: tuple[Literal["mean", "rmse", "p95", "max"], ...] = ("mean", "rmse")
     trait: tuple[str, ...] = ()  # of one axis, such as care and authority
@@ -47,7 +47,7 @@ class Config:
     doses: tuple[str, ...] = ()  # each word is an arm, its doses joined by commas
     dose_nats: tuple[str, ...] = ()  # likewise
     top_k: tuple[int, ...] = ()  # 0: the whole vocabulary
-    top_p: tuple[float, ...] = ()  # 1: the whole vocabulary
+    top_p: tuple[float, ...] = ()  # 1: no cut
     max_perplexity: tuple[float, ...] = ()
     targets: tuple[Literal["samples", "soft"], ...] = ()
     rank: tuple[int, ...] = ()
@@ -64,7 +64,7 @@ class Config:
     records: Path = Path("results/runs")  # the records go into a folder in it, named as --out
     executor: Literal["here", "local", "slurm"] = "here"  # in this process, or a process a run
     gpus: tuple[int, ...] = ()  # local: a GPU for each run at a time; default: all, one run each
-    sbatch: str = ""  # slurm: flags of sbatch for a run (partition, GPU, time, account), behind =
+    sbatch: str = ""  # slurm: flags of sbatch for a run, as --sbatch="--partition gpu"
     only: str | None = None  # the one run to make, such as kl_rev_rmse_s0, or alone
     run: tyro.conf.Suppress[heal_loop.Config] = field(default_factory=heal_loop.Config)  # the rest
 
