@@ -17,9 +17,8 @@ import torch
 import lora
 from common import prompts, runs, texts
 from common.filter import Rules, reject_reason, too_few_because
-from common.prompts import NEUTRAL, Chat
-from common.sampling import (completion_states, repetition, sample, score,
-                             worst_perplexity)
+from common.prompts import NEUTRAL, Chat, stop_tokens
+from common.sampling import repetition, row_states, sample, score, worst_perplexity
 from steer import SteeringVector, band, calibrate, extract_vector
 
 
@@ -47,8 +46,8 @@ def teacher_states(model, chat: Chat, rows: list[dict], vector: SteeringVector |
         raise ValueError("a kept row has no 'dose' for soft targets; fix: --targets samples")
     doses = torch.tensor([row.get("dose", 0.0) for row in rows])
     with lora.gates(model, history=1, live=0):
-        return completion_states(model, asked, [row_ids(chat, row)[1] for row in rows], vector,
-                                 doses)
+        return torch.cat(row_states(model, asked, [row_ids(chat, row)[1] for row in rows], vector,
+                                    doses))
 
 
 def sample_teacher(model, chat: Chat, asked: list[str], doses: list[float], n: int, seed: int,
@@ -145,7 +144,8 @@ def make_data(cfg, model, chat, reading: texts.Texts, r: int, folder: Path) -> d
     doses = [0.0] if cfg.teacher == "prompted" else cfg.doses
     if not doses:
         train = [chat.ids(prompt) for prompt in reading.train[:16]]
-        doses = [calibrate(model, vector, train, nats) for nats in cfg.dose_nats]
+        stop = stop_tokens(model, chat)
+        doses = [calibrate(model, vector, train, nats, stop=stop) for nats in cfg.dose_nats]
     # 2. distil
     rules = Rules(cfg.min_words, cfg.max_repetition, cfg.min_diversity, cfg.max_perplexity)
     kept, sampled = collect(

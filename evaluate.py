@@ -49,7 +49,7 @@ class Profile:
     def __post_init__(self):
         for name in ("p", "valid_p", "constants", "probes", "controls"):  # lists, from a file
             if getattr(self, name) is not None:
-                setattr(self, name, np.asarray(getattr(self, name)))
+                setattr(self, name, np.asarray(getattr(self, name), dtype=float))
 
     def items(self, metric: str) -> np.ndarray:
         """What a metric is averaged over: per vignette, probe or control."""

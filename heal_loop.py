@@ -73,7 +73,7 @@ class Config:
     weight_decay: runs.From0 = 100.0  # under --reg wd; a step shrinks the adapter by lr · decay
     lr: runs.Rate = 3e-4  # peak learning rate
     epochs: runs.AtLeast1 = 3  # passes over the kept data per round
-    batch_size: runs.AtLeast1 = 8  # completions per step
+    batch_size: runs.AtLeast1 = 8  # completions per step, at most
     # 5. measure
     readout: Literal["cloze", "tinymfv", "probe"] | None = None  # default: the trait's own
     think_tokens: runs.AtLeast1 = 64  # tinymfv's thinking before it answers
@@ -173,9 +173,9 @@ def heal_round(model, chat, kept: list[dict], cfg: Config, seed: int, reference:
     train = sorted(rows[n_held:], key=lambda row: (len(row[0]), row[:2]))
 
     # 2. the hidden states of reference and teacher, once: a round leaves both as they are
-    data, sizes = [], [len(prompt) + len(completion) for prompt, completion, _ in train]
-    even = math.ceil(len(train) / math.ceil(len(train) / cfg.batch_size))  # no small last batch
-    for part in batches(model, range(len(train)), sizes, even):
+    data, sizes = [], [len(prompt) + len(completion) - 1 for prompt, completion, _ in train]
+    even = torch.arange(len(train)).tensor_split(math.ceil(len(train) / cfg.batch_size))
+    for part in sum((batches(model, some.tolist(), sizes, cfg.batch_size) for some in even), []):
         asked, completions, part_rows = zip(*(train[i] for i in part))
         lengths, soft = [len(c) for c in completions], None
         with torch.no_grad(), training(model), lora.gates(model, history=reference or 0, live=0):
@@ -225,7 +225,7 @@ def heal_round(model, chat, kept: list[dict], cfg: Config, seed: int, reference:
 def loop(cfg: Config, run: runs.Run, model, chat, reading: texts.Texts) -> None:
     """Round after round on a model that carries the finished ones; every result is recorded."""
     measure = functools.partial(evaluate.measure, model, chat, reading, readout=cfg.readout,
-                                think_tokens=cfg.think_tokens)
+                                think_tokens=cfg.think_tokens, max_new_tokens=cfg.max_new_tokens)
     # 0. the original, and the persona as its system prompt
     with lora.gates(model, history=0, live=0):
         event = run.find("base", -1) or run.record("base", -1, **measure("base"))
@@ -246,7 +246,7 @@ def loop(cfg: Config, run: runs.Run, model, chat, reading: texts.Texts) -> None:
             if is_new:
                 run.record("distil", r, **distil.make_data(cfg, model, chat, reading, r, folder))
             vector = SteeringVector.load(folder / "vector.safetensors")
-            kept = runs.check_rows(folder / "kept.jsonl", len(chat.tok))
+            kept = runs.check_rows(folder / "kept.jsonl", len(model.get_input_embeddings().weight))
             teacher = distil.teacher_of(cfg, reading, vector)
             if is_new:
                 dose = run.find("distil", r)["dose"]

@@ -170,12 +170,13 @@ def extract_vector(model, pos: list[list[int]], neg: list[list[int]], layers: li
 
 @torch.no_grad()
 def calibrate(model, vector: SteeringVector, prompts: list[list[int]], nats: float,
-              tokens: int = 16) -> float:
+              tokens: int = 16, stop: list[int] = ()) -> float:
     """The dose at which the vector moves the model's next token by `nats`; to 1 %, by bisection.
 
     How far it moves: the 95th percentile, over prompts and the first `tokens` tokens of their
     answers, of KL(steered ‖ unsteered) (iso-KL: wassname/steering-lite). The answers are the
-    unsteered model's, greedy. Raises ValueError where no dose up to 1024 does it.
+    unsteered model's, greedy, up to a token of `stop` and with it.
+    Raises ValueError where no dose up to 1024 does it.
     """
     check_room(model, max(map(len, prompts)), tokens)
     parts = batches(model, range(len(prompts)), [len(p) + tokens for p in prompts], len(prompts))
@@ -193,11 +194,13 @@ def calibrate(model, vector: SteeringVector, prompts: list[list[int]], nats: flo
     def moved(dose):
         logp = next_logp(dose)
         kl = (logp.exp() * (logp - unsteered)).sum(-1)  # [prompts, tokens]
-        return kl.quantile(0.95).item()
+        return kl[inside].quantile(0.95).item()
 
     # 1. the unsteered answers
     for _ in range(tokens):
         ids, mask = torch.cat([ids, next_logits(1).argmax(-1)], 1), F.pad(mask, (0, 1), value=1)
+    ends = torch.isin(ids[:, -tokens:], torch.tensor(list(stop), device=ids.device)).long()
+    inside = ends.cumsum(1) - ends == 0  # no end before this token
     unsteered = next_logp(0.0)
 
     # 2. bracket the dose within a factor of two, then bisect

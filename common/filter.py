@@ -89,4 +89,4 @@ def too_few_because(sampled: list[dict], n_keep: int) -> str:
     return (f"too few completions kept: {len(sampled) - dropped.total()} of {n_keep} after "
             f"{len(sampled)} samples at doses down to {min(row['dose'] for row in sampled):.2g}; "
             f"dropped: {', '.join(f'{rule} {n}' for rule, n in dropped.most_common())}; "
-            f"fix: lower --doses, or loosen '{worst}' ({flag})")
+            f"fix: a milder teacher (--doses), or loosen '{worst}' ({flag})")

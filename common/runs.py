@@ -270,10 +270,11 @@ def cli(config_class, main, rest: str | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, SafetensorError) as e:
-        message = " ".join(str(e).split())
+    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as e:
+        message, in_memory = " ".join(str(e).split()), isinstance(e, torch.OutOfMemoryError)
         if "fix:" not in message and not isinstance(e, ValueError):  # the system's own words
-            message += "; fix: a path that can be read and written, on a disk with room"
+            message += ("; fix: --dtype bfloat16, or a smaller model" if in_memory else
+                        "; fix: a path that can be read and written, on a disk with room")
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
 

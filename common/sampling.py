@@ -235,21 +235,13 @@ def completion_states(model, prompts: list[list[int]], completions: list[list[in
     -> [Σ tokens, d_model], completion after completion, with gradients.
     Prompt and completion are joined as ids: tokenised in one piece they could merge.
     vector: acts from the prompt's last token on, the assistant tag, as in `sample`.
-    begun: what every answer begins with, between prompt and completion.
+    begun: what every answer begins with, between prompt and completion. Under long rope all rows
+    must be of one side of its switch, as those of one part of `batches` are.
     Raises ValueError for a row that exceeds the model's context.
     """
     longest = max(map(len, completions))
     lengths = [len(p) + len(begun) + len(c) - 1 for p, c in zip(prompts, completions)]
     check_room(model, max(lengths) + 1)
-    switch = rope_switch(model)
-    sides = [[i for i, n in enumerate(lengths) if (n > switch) == long] for long in (False, True)]
-    if switch and all(sides):  # long rope: rows of both sides are run apart, and put in order again
-        states = {}
-        for side in sides:
-            answers = [completions[i] for i in side]
-            h = completion_states(model, [prompts[i] for i in side], answers, vector, dose, begun)
-            states |= zip(side, h.split(list(map(len, answers))))
-        return torch.cat([states[i] for i in range(len(prompts))])
     # padded on the right, where a causal model never looks; position t predicts t + 1
     shifted = [c[:-1] + [0] * (longest - len(c)) for c in completions]
     if shares_prompts(model, prompts):
@@ -284,17 +276,19 @@ def row_states(model, prompts: list[list[int]], completions: list[list[int]],
     """`completion_states` of any number of rows, in batches: -> [len(completion), d_model] each,
     empty for an empty completion.
 
-    batch_size: None is a third of `rows_at_once`. begun: see `completion_states`.
+    batch_size: None is a third of `rows_at_once`. dose: one float, or one per row [rows].
     """
     out = [torch.empty(0)] * len(prompts)
-    lengths = [len(p) + len(begun) + len(c) for p, c in zip(prompts, completions)]
+    lengths = [len(p) + len(begun) + len(c) - 1 for p, c in zip(prompts, completions)]
     # equal prompts, and then completions of like length, share a batch
     with_tokens = [i for i, c in enumerate(completions) if c]
     order = sorted(with_tokens, key=lambda i: (len(prompts[i]), prompts[i], len(completions[i])))
 
     def run_rows(rows):
         answers = [completions[i] for i in rows]
-        states = completion_states(model, [prompts[i] for i in rows], answers, vector, dose, begun)
+        of_rows = dose[rows] if torch.is_tensor(dose) else dose
+        states = completion_states(model, [prompts[i] for i in rows], answers, vector, of_rows,
+                                   begun)
         for i, of_row in zip(rows, states.split(list(map(len, answers)))):
             out[i] = of_row
 
@@ -365,7 +359,7 @@ def score_answers(model, prompts: list[list[int]], answers: list[list[int]],
                 input_ids=ids, attention_mask=hidden, position_ids=position[:, None] + offset,
                 past_key_values=cache, use_cache=True).last_hidden_state  # [rows, n, d_model]
         for i, h in zip(rows, states):
-            logp = logits(model, h).float().log_softmax(-1)[predicts, targets].double()
+            logp = logits(model, h).float().log_softmax(-1).cpu()[predicts, targets].double()
             out[i] = torch.stack([part.sum() for part in logp.split(list(map(len, answers)))])
 
     lengths = [len(prompt) + len(begun) + len(owner) for prompt in prompts]

@@ -188,7 +188,8 @@ def complete(config):
         config = replace(config, trait="custom")
     by_nats = getattr(config, "dose_nats", None)  # instead of doses
     if by_nats and config.doses:
-        raise ValueError("--doses and --dose-nats exclude each other; fix: give one of them")
+        raise ValueError("--doses and --dose-nats exclude each other; fix: give one of them (a "
+                         "resumed or forked run has its own)")
     usual = {"readout": trait.readout, "doses": None if by_nats else trait.doses}
     return replace(config, **{name: value for name, value in usual.items()
                               if getattr(config, name, 0) is None})
@@ -200,6 +201,8 @@ def read(config) -> Texts:
              "vignettes": DATA / "vignettes.json", "prompt_suffix": SUFFIX} | vars(config)
     trait = find_trait(flags["trait"], flags["pos"], flags["neg"])
     readout = flags["readout"] or trait.readout
+    if readout == "tinymfv":
+        tinymfv_package()  # told before a model loads
     if (readout == "probe") != (trait.readout == "probe"):
         raise ValueError(f"--readout {readout} cannot measure '{trait.name}', which has "
                          f"{'' if trait.probes else 'no '}probes; fix: leave out --readout")

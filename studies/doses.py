@@ -18,6 +18,7 @@ import distil
 import heal_loop
 from common import checks, models, runs, texts
 from common.generation import against_original
+from common.prompts import stop_tokens
 from common.sampling import row_states, sample
 from steer import SteeringVector, calibrate
 from studies import gemma
@@ -54,7 +55,8 @@ def main(cfg: Config) -> None:
             vector = distil.trait_vector(model, chat, reading)
             prompts = list(map(chat.ids, reading.train[:32]))
             seen, unseen = prompts[:16], prompts[16:]
-            doses = [calibrate(model, vector, seen, nats) for nats in cfg.dose_nats]
+            stop = stop_tokens(model, chat)
+            doses = [calibrate(model, vector, seen, nats, stop=stop) for nats in cfg.dose_nats]
             *there, at_one = p95_at(model, chat, vector, seen, [*doses, 1.0])
             elsewhere = p95_at(model, chat, vector, unseen, doses)
             rows += [[models.base_name(model), trait, f"{nats:g}",

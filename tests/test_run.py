@@ -22,13 +22,13 @@ from conftest import ROOT, command, flags, python
 # of the run in conftest.py, in float32. A change of the method or of data/ changes them: the test
 # prints the new ones (pytest -rA)
 GOLDEN = {
-    "base -1": {"auth_nats": -1.94590, "perplexity": 33977.5, "text_nats": 10.80773,
+    "base -1": {"auth_nats": -1.94590, "perplexity": 33871.7, "text_nats": 10.80773,
                 "control_nats": -0.094224},
-    "steered 0": {"auth_nats": -1.95982, "perplexity": 34188.9, "drift": 0.00015080},
+    "steered 0": {"auth_nats": -1.95982, "perplexity": 34053.2, "drift": 0.00013167},
     "heal 0": {"data_loss": 10.42675, "D": 0.00017017, "grad_norm": 0.67383,
                "held_out_before": 10.44296, "held_out_after": 10.44118},
-    "healed 0": {"auth_nats": -1.97988, "perplexity": 34088.2, "drift": 0.00011151},
-    "healed 1": {"auth_nats": -1.98993, "perplexity": 34275.2, "drift": 0.00036265}}
+    "healed 0": {"auth_nats": -1.97988, "perplexity": 34042.3, "drift": 0.00013871},
+    "healed 1": {"auth_nats": -1.98993, "perplexity": 34560.4, "drift": 0.00045597}}
 TOKENS = "475bac3058f2ce86"
 RAN = ["machine", "base", "distil", "steered", "heal", "healed"]
 
@@ -219,6 +219,24 @@ def test_training_that_diverges_names_the_step_and_leaves_earlier_rounds(embedde
         assert lora.n_rounds(model) == 1
     finally:
         lora.detach(model)
+
+
+def test_the_batches_of_an_epoch_are_of_even_size(embedded, monkeypatch):
+    model, chat = embedded
+    turns = [{"role": role, "content": "words"} for role in ("user", "assistant")]
+    sizes = []
+
+    def step(model, batch, cfg):
+        sizes.append(len(batch["prompts"]))
+        return {"data_loss": 0.0}
+    monkeypatch.setattr(heal_loop, "heal_step", step)
+    lora.attach(model, rank=2, alpha=4)
+    try:  # one of eleven is held out
+        heal_loop.heal_round(model, chat, [{"messages": turns}] * 11,
+                             heal_loop.Config(epochs=1, batch_size=4), 0)
+    finally:
+        lora.detach(model)
+    assert sorted(sizes) == [3, 3, 4]
 
 
 def test_a_collapsed_student_ends_the_loop_once(tiny_folder, tmp_path, monkeypatch, capsys):

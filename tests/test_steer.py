@@ -157,20 +157,27 @@ def test_a_band_is_a_range_of_blocks_with_at_least_one():
             band(model, wrong)
 
 
-@pytest.mark.parametrize("nats", [0.1, 1.0])
-def test_the_calibrated_dose_moves_the_first_tokens_by_as_many_nats(nats):
+@pytest.mark.parametrize("nats, ends_at", [(0.1, 6), (1.0, 6), (1.0, 2)])
+def test_the_calibrated_dose_moves_the_first_tokens_by_as_many_nats(nats, ends_at):
     model = tiny("llama", initializer_range=0.5)
     v, rows, n = vector(model, layers=(2,)), [prompts()[0], prompts()[3]], 6
-    dose = calibrate(model, v, rows, nats, tokens=n)
-    kl = []
-    for row in rows:  # one unpadded prompt at a time, the answer greedy and unsteered
+    answers = []
+    for row in rows:  # greedy and unsteered
         ids = torch.tensor([row])
         for _ in range(n):
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        answers.append(ids)
+    stop = [answers[0][0, len(rows[0]) + ends_at - 1].item()] if ends_at < n else []
+    dose = calibrate(model, v, rows, nats, tokens=n, stop=stop)
+    kl = []
+    for row, ids in zip(rows, answers):  # one unpadded prompt at a time
         plain = model(ids).logits[0, -n - 1:-1].log_softmax(-1)
         with v.at(model, dose, last_only=n + 1):
             steered = model(ids).logits[0, -n - 1:-1].log_softmax(-1)
-        kl.append((steered.exp() * (steered - plain)).sum(-1))
+        answer = ids[0, len(row):].tolist()
+        end = min([answer.index(t) + 1 for t in stop if t in answer], default=n)
+        kl.append((steered.exp() * (steered - plain)).sum(-1)[:end])
+    assert len(torch.cat(kl)) < 2 * n or not stop
     assert torch.cat(kl).quantile(0.95).item() == pytest.approx(nats, rel=0.05)
     assert not model.model.layers[2]._forward_hooks
 

@@ -7,7 +7,7 @@
     steered r   the student that round r began with, + dose · v_r from the assistant tag on
     healed r    y = W x + gate · s · Σ_{i ≤ r} B_i A_i x
 
-All three draw the same random numbers. Every message is asked on its own, as in training.
+All three draw the same random numbers. Every message is asked on its own.
 """
 import itertools
 import sys

@@ -101,14 +101,10 @@ def switch_length(model) -> int:
 
 
 def every_check(model, ids: list[int]) -> dict[str, float]:
-    """{check: its largest error}, on rows shorter and longer than a switch, and on both at once."""
-    short, n = token_rows(ids, 32), switch_length(model)
-    errors = [checks.run(model, short, CHECKS)]
+    """{check: its largest error}, on rows shorter and longer than a switch."""
+    n, errors = switch_length(model), [checks.run(model, token_rows(ids, 32), CHECKS)]
     if n > 8:  # shorter ones are passed already
-        long = token_rows(ids, n + 24, apart=9)
-        mixed = [token_rows(ids, n + 2)[0], long[0], short[1]]  # one begins its answer before it
-        errors += [checks.run(model, long, CHECKS),
-                   checks.run(model, mixed, {"scored": checks.scored, "gradient": gradient})]
+        errors.append(checks.run(model, token_rows(ids, n + 24, apart=9), CHECKS))
     return {name: max(e[name] for e in errors if name in e) for name in CHECKS}
 
 

@@ -72,6 +72,7 @@ class EvaluateConfig:
     dose: runs.Finite = 1.0  # of --vector
     trait: str = "care"  # a trait of data/traits, or a file such as my.json
     readout: Literal["cloze", "tinymfv", "probe"] | None = None  # default: the trait's own
+    think_tokens: runs.AtLeast1 = 64  # tinymfv's thinking before it answers
     vignettes: Path = texts.DATA / "vignettes.json"  # or tinymfv:classic
     n_vignettes: int = 42  # how many, balanced over the foundations; 0 is all
     max_new_tokens: runs.AtLeast1 = 64  # longest answer of the generation metrics, in tokens
@@ -85,7 +86,7 @@ def print_metrics(cfg: EvaluateConfig) -> None:
     vector = SteeringVector.load(cfg.vector) if cfg.vector else None
     model, chat = checks.load(cfg.model, cfg.device, cfg.dtype)
     measure = partial(evaluate.measure, model, chat, reading, readout=cfg.readout,
-                      max_new_tokens=cfg.max_new_tokens)
+                      think_tokens=cfg.think_tokens, max_new_tokens=cfg.max_new_tokens)
     lora.load(model, cfg.adapter)
     with lora.gates(model, history=0, live=0):
         events = {"original": measure("original")}

@@ -112,6 +112,8 @@ def arms(cfg: Config) -> dict[str, list[heal_loop.Config]]:
         chosen = dict(zip(lists, values))
         arm = arm_name(chosen, lists)
         if arm in by_arm:  # differs only in what has no effect
+            if chosen["trait"] != by_arm[arm][0].trait:
+                raise ValueError(f"--trait: two files called {chosen['trait']}; fix: other names")
             continue
         by_arm[arm] = []
         for seed in dict.fromkeys(cfg.seeds or [cfg.run.seed]):
@@ -186,7 +188,8 @@ def steer_alone(run: heal_loop.Config, doses: tuple[float, ...], loaded: tuple) 
             vector = distil.trait_vector(model, chat, reading, run.steer_layers)
             for dose in doses:
                 metrics = evaluate.measure(model, chat, reading, f"dose {dose:g}", run.readout,
-                                           constants, run.think_tokens, vector=vector, dose=dose)
+                                           constants, run.think_tokens, run.max_new_tokens,
+                                           vector=vector, dose=dose)
                 folder.record("alone", 0, dose=dose, **metrics)
     finally:
         lora.detach(model)
@@ -230,7 +233,8 @@ def execute(cfg: Config, names: list[str]) -> list[str]:
                     command = [sys.executable, "-m", "tools.sweep", *sys.argv[1:],
                                "--executor", "here", "--only", name]
                     if is_local:
-                        env["CUDA_VISIBLE_DEVICES"] = str(gpu)
+                        seen = env.get("CUDA_VISIBLE_DEVICES")  # of which gpu is the index
+                        env["CUDA_VISIBLE_DEVICES"] = seen.split(",")[gpu] if seen else str(gpu)
                     else:
                         command = ["sbatch", "--wait", *shlex.split(cfg.sbatch), f"--output={log}",
                                    "--open-mode=append", f"--job-name={job}",
@@ -318,8 +322,9 @@ def main(cfg: Config) -> None:
     forks = [name for name in todo if name != "alone" and trunk_of[name].out.name != name]
     first, failed = [name for name in todo if name not in forks], []
     if cfg.executor != "here":
-        for names in filter(None, (first, forks)):
-            failed += execute(cfg, names)
+        for names in (first, forks):
+            if names and not failed:  # a fork needs the round 0 of its first run
+                failed = execute(cfg, names)
     elif todo:  # one model for all runs
         loaded = checks.load(cfg.run.model, cfg.run.device, cfg.run.dtype, cfg.run.date)
         for name in (*first, *forks):
