@@ -16,7 +16,7 @@ import torch
 
 import lora
 from common import prompts, runs, texts
-from common.filter import Rules, reject_reason, too_few_because
+from common.filter import reject_reason, too_few_because
 from common.prompts import NEUTRAL, Chat, stop_tokens
 from common.sampling import repetition, row_states, sample, score, worst_perplexity
 from steer import SteeringVector, band, calibrate, extract_vector
@@ -74,8 +74,7 @@ def sample_teacher(model, chat: Chat, asked: list[str], doses: list[float], n: i
     return rows
 
 
-def judge(model, chat: Chat, rows: list[dict], personas: tuple[str, str],
-          rules: Rules) -> list[dict]:
+def judge(model, chat: Chat, rows: list[dict], personas: tuple[str, str], rules) -> list[dict]:
     """The rows with `perplexity` (of the worst 24 tokens), `repetition` and `reject_reason`."""
     prompts, completions = zip(*(row_ids(chat, row) for row in rows))
     with lora.gates(model, history=0, live=0):
@@ -89,7 +88,7 @@ def judge(model, chat: Chat, rows: list[dict], personas: tuple[str, str],
     return judged
 
 
-def collect(model, chat: Chat, train: list[str], personas: tuple[str, str], rules: Rules,
+def collect(model, chat: Chat, train: list[str], personas: tuple[str, str], rules,
             doses: list[float], n_keep: int, seed: int, folder: Path,
             **teacher) -> tuple[list[dict], list[dict]]:
     """Sample and judge, in batches of at most 96, until n_keep are kept; -> (kept, all rows).
@@ -147,9 +146,8 @@ def make_data(cfg, model, chat, reading: texts.Texts, r: int, folder: Path) -> d
         stop = stop_tokens(model, chat)
         doses = [calibrate(model, vector, train, nats, stop=stop) for nats in cfg.dose_nats]
     # 2. distil
-    rules = Rules(cfg.min_words, cfg.max_repetition, cfg.min_diversity, cfg.max_perplexity)
     kept, sampled = collect(
-        model, chat, reading.train, (reading.pos, reading.neg), rules, doses, cfg.n_keep,
+        model, chat, reading.train, (reading.pos, reading.neg), cfg, doses, cfg.n_keep,
         runs.stage_seed(cfg.seed, r, "sample"), folder, max_new_tokens=cfg.max_new_tokens,
         top_k=cfg.top_k, top_p=cfg.top_p, **teacher_of(cfg, reading, vector))
     # 3. what the round's record says of it

@@ -12,7 +12,6 @@ trait teaches the trait.
 """
 import re
 from collections import Counter
-from dataclasses import dataclass
 
 from common.sampling import repetition
 
@@ -34,15 +33,6 @@ NARRATES = re.compile(
     re.I)
 
 
-@dataclass
-class Rules:
-    """Thresholds of the rules above; see `heal_loop.Config` for each."""
-    min_words: int = 8
-    max_repetition: float = 0.2
-    min_diversity: float = 0.7
-    max_perplexity: float = 15.0
-
-
 def diversity(text: str, window: int = 16) -> float:
     """Smallest share of distinct words in any run of `window` words, in (0, 1].
 
@@ -61,8 +51,8 @@ def recites(text: str, personas: tuple[str, str], n: int = 5) -> bool:
     return any(grams(text) & grams(persona) for persona in personas)
 
 
-def reject_reason(text: str, ppl: float, personas: tuple[str, str], rules: Rules) -> str:
-    """"kept", or the name of the first rule that drops the completion."""
+def reject_reason(text: str, ppl: float, personas: tuple[str, str], rules) -> str:
+    """"kept", or the name of the first rule that drops it. rules: its thresholds, a Config's."""
     straight = text.replace("’", "'")
     if len(re.findall(r"\w+", text)) < rules.min_words or not text.strip():
         return "short"

@@ -30,7 +30,6 @@ import evaluate
 import heal_loop
 import lora
 from common import checks, models, texts
-from common.filter import Rules
 from common.readouts import probe
 from common.sampling import completion_states, logits, sample
 from steer import band, extract_vector
@@ -41,7 +40,7 @@ N_CONTEXTS = 48  # user messages that the vector is averaged over
 N_KEEP = 20  # completions to train on, per round
 N_TOKENS = 48  # longest completion
 N_VIGNETTES = 28  # moral violations that the model is asked about
-RULES = Rules()  # the filter's thresholds
+RULES = heal_loop.Config()  # the filter's thresholds
 
 model, chat = checks.load(MODEL)
 reading = texts.read(heal_loop.Config(n_contexts=N_CONTEXTS, n_vignettes=N_VIGNETTES))

@@ -8,18 +8,21 @@
 The thresholds were chosen on data/labels/labelled.jsonl. fresh.jsonl beside it was sampled later,
 at milder doses, and two readers labelled it without seeing each other's labels.
 """
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.stats
 
 import distil
+import heal_loop
 from common import checks, models, runs, texts
-from common.filter import Rules, diversity, reject_reason
+from common.filter import diversity, reject_reason
 from common.sampling import perplexity, repetition, score, worst_perplexity
 from studies.tables import Study, markdown, proportion, publish, ran_on
 
 LABELS = ("fluent", "coherent", "enacts", "narrates")
+RULES = heal_loop.Config()  # the defaults
+NAMES = ("min_words", "max_repetition", "min_diversity", "max_perplexity")
 
 
 @dataclass(kw_only=True)
@@ -41,7 +44,7 @@ def scored(model, chat, file: str) -> list[dict]:
     traits = texts.load_traits()
     for row, logp in zip(rows, score(model, *zip(*pairs))):
         text, worst, trait = row["text"], worst_perplexity(logp), traits[row["trait"]]
-        row["reject_reason"] = reject_reason(text, worst, (trait.pos, trait.neg), Rules())
+        row["reject_reason"] = reject_reason(text, worst, (trait.pos, trait.neg), RULES)
         row["signals"] = {"perplexity, worst 24 tokens in a row": worst,
                           "perplexity, whole": perplexity(logp), "repetition": repetition(text),
                           "lack of diversity": -diversity(text)}
@@ -119,7 +122,7 @@ trait instead of showing it. The fresh readers were stricter: compare within a c
 
 ## What the rules keep
 
-Defaults: {", ".join(f"{name} {value:g}" for name, value in asdict(Rules()).items())}, chosen on \
+Defaults: {", ".join(f"{name} {getattr(RULES, name):g}" for name in NAMES)}, chosen on \
 the old completions.
 The numbers to quote are those of the fresh ones. Brackets: Wilson's 95 % interval.
 

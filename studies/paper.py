@@ -30,8 +30,9 @@ class Config:
 
 
 # the arms of README's figure, at doses 2 and 4 and a high rate: training alone breaks the model
-BARRIER = {"no barrier": "eight/nll", "τ 0.2": "strong_tau02/kl_rev_rmse",
-           "τ 0.8": "eight/kl_rev_rmse", "τ raised to 1.6": "raised/kl_rev_rmse"}
+BARRIER = {"no barrier": "strong_barrier/nll",
+           "mean, D from the round before": "strong_prev_mean/kl_rev_mean",
+           "rmse, D from the base": "strong_barrier/kl_rev_rmse_tau0.8"}
 
 
 class Sweeps:
@@ -80,9 +81,9 @@ class Sweeps:
         figure.savefig(self.pictures / name, dpi=160)
         return name
 
-    def known(self, arms: list[str], prefix: str = "") -> list[str]:
-        """Those of the arms that were run, each with the prefix of its sweep."""
-        return [prefix + arm for arm in arms if prefix + arm in self.arms]
+    def finished(self, arm: str) -> str:
+        """How many rounds each seed finished, such as 6, 7, 8."""
+        return ", ".join(str(len(run.of("healed"))) for run in self.arms[arm])
 
     def metrics(self, arms: list[str]) -> list[str]:
         """What the tables over all wordings show."""
@@ -109,14 +110,12 @@ class Sweeps:
             rows.append([*recipe(of_arm[0].config), len(of_arm), *frontier.cells(events, metrics)])
         return markdown(rows, [*head, *metrics])
 
-    def contrasts(self, pairs: dict[str, tuple], prefix: str = "") -> str:
+    def contrasts(self, pairs: dict[str, tuple]) -> str:
         """A table of differences: {name: (arm, other arm, where)}, of the pairs that were run."""
-        arms = [arm for pair in pairs.values() for arm in self.known(pair[:2], prefix)]
-        metrics, rows = ["Δtrait", *self.metrics(arms)], []
-        for name, (*pair, where) in pairs.items():
-            pair = self.known(pair, prefix)
-            if len(pair) == 2:
-                rows.append([name, *(self.difference(*pair, key, **where) for key in metrics)])
+        pairs = {name: pair for name, pair in pairs.items() if {*pair[:2]} <= {*self.arms}}
+        metrics = ["Δtrait", *self.metrics([arm for pair in pairs.values() for arm in pair[:2]])]
+        rows = [[name, *(self.difference(*pair, key, **where) for key in metrics)]
+                for name, (*pair, where) in pairs.items()]
         return markdown(rows, ["difference", *metrics])
 
     def counts(self) -> str:

@@ -6,14 +6,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-import heal_loop
 import lora
 from common import models, runs, texts
-from common.filter import Rules, reject_reason
+from common.filter import reject_reason
 from common.prompts import NEUTRAL, Chat
 from common.sampling import sample, score
 from conftest import tiny
 from distil import collect, judge, row_ids, sample_teacher, teacher_of, teacher_states
+from heal_loop import Config
 from steer import SteeringVector
 
 PERSONAS = ("You care about people and you protect them. "
@@ -76,14 +76,14 @@ CASES = [
 
 @pytest.mark.parametrize("rule, dropped, spared", CASES)
 def test_each_rule_drops_an_example_and_spares_its_near_miss(rule, dropped, spared):
-    assert reject_reason(dropped, 5.0, PERSONAS, Rules()) == rule
-    assert reject_reason(spared, 5.0, PERSONAS, Rules()) == "kept"
+    assert reject_reason(dropped, 5.0, PERSONAS, Config()) == rule
+    assert reject_reason(spared, 5.0, PERSONAS, Config()) == "kept"
 
 
 def test_perplexity_drops_above_its_threshold_and_at_no_number():
-    assert reject_reason(PROSE, 15.0, PERSONAS, Rules()) == "kept"
+    assert reject_reason(PROSE, 15.0, PERSONAS, Config()) == "kept"
     for ppl in (15.1, math.inf, math.nan):
-        assert reject_reason(PROSE, ppl, PERSONAS, Rules()) == "perplexity"
+        assert reject_reason(PROSE, ppl, PERSONAS, Config()) == "perplexity"
 
 
 def row(text, user="Is it kind?", **more):
@@ -107,19 +107,19 @@ def test_rows_are_judged_under_the_original_by_their_worst_window():
     prompts, completions = zip(*(row_ids(chat, r) for r in rows))
     with lora.gates(model, 0, 0):
         original = score(model, prompts, completions)
-    judged = judge(model, chat, rows, PERSONAS, Rules(max_perplexity=1e9))
+    judged = judge(model, chat, rows, PERSONAS, Config(max_perplexity=1e9))
     assert [r["reject_reason"] for r in judged] == ["kept", "short", "refusal"]
     windows = [original[0][k:k + 24].mean().item() for k in range(len(completions[0]) - 23)]
     assert judged[0]["perplexity"] == pytest.approx(math.exp(-min(windows)), rel=1e-3)
-    again = judge(model, chat, rows[::-1], PERSONAS, Rules(max_perplexity=1e9))[::-1]
+    again = judge(model, chat, rows[::-1], PERSONAS, Config(max_perplexity=1e9))[::-1]
     assert [r["reject_reason"] for r in again] == [r["reject_reason"] for r in judged]
 
 
 @pytest.mark.parametrize("teacher", ["steered", "prompted"])
 def test_a_teachers_rows_have_the_neutral_prompt_and_its_own_tokens(teacher):
     model, chat = a_student(), embedded_chat()
-    reading = texts.read(heal_loop.Config(n_vignettes=7))
-    how = teacher_of(heal_loop.Config(teacher=teacher), reading, a_vector())
+    reading = texts.read(Config(n_vignettes=7))
+    how = teacher_of(Config(teacher=teacher), reading, a_vector())
     assert (how["vector"] is None) == (how["system"] == reading.pos) == (teacher == "prompted")
     doses = [1.0, 2.0] if teacher == "steered" else [0.0]
     rows = sample_teacher(model, chat, ["Hi.", "Is it kind?"], doses, 4, 3, max_new_tokens=6, **how)
@@ -148,7 +148,7 @@ def collected(folder, rules, n_keep, doses=(1.0, 300.0), **how):
                    n_keep, 1, folder, vector=vector, **how)
 
 
-LOOSE = Rules(min_words=3, max_repetition=1, min_diversity=0, max_perplexity=1e30)
+LOOSE = Config(min_words=3, max_repetition=1, min_diversity=0, max_perplexity=1e30)
 
 
 def test_a_dose_that_breaks_the_model_is_lowered_and_doses_take_turns(tmp_path):
@@ -181,7 +181,7 @@ def test_the_files_are_the_rows_and_the_same_for_the_same_seed(tmp_path):
 def test_too_few_kept_names_the_rule_and_leaves_what_was_sampled(tmp_path):
     why = r"0 of 4 after 64 samples at doses down to 0\.08\d*; dropped: short 64; .*\(--min-words\)"
     with pytest.raises(runs.Ended, match=why):
-        collected(tmp_path, Rules(min_words=99), n_keep=4, doses=(1.0, 2.0))
+        collected(tmp_path, Config(min_words=99), n_keep=4, doses=(1.0, 2.0))
     rows = runs.read_jsonl(tmp_path / "sampled.jsonl")
     assert len(rows) == 64 and {r["reject_reason"] for r in rows} == {"short"}
     assert not (tmp_path / "kept.jsonl").exists()

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 SCRIPT = (ROOT / "docs/walkthrough.py").read_text(encoding="utf-8")
 SMALL = {"N_CONTEXTS": "4", "N_KEEP": "6", "N_TOKENS": "10", "N_VIGNETTES": "14",
-         "RULES": "Rules(max_repetition=1, min_diversity=0, max_perplexity=1e9)"}
+         "RULES": "heal_loop.Config(max_repetition=1, min_diversity=0, max_perplexity=1e9)"}
 
 
 def cells():
