@@ -11,7 +11,7 @@ import pytest
 import evaluate
 import heal_loop
 import lora
-from common import checks, runs
+from common import checks, runs, texts
 from studies import frontier
 from tools import plot, sweep
 
@@ -76,7 +76,8 @@ def test_every_flag_of_the_loop_holds_for_all_arms(monkeypatch):
 
 @pytest.mark.parametrize("changes, words", [
     ({"lr": (1e-4, 7)}, "--lr 7"), ({"doses": ("1,x",)}, "could not convert string to float: 'x'"),
-    ({"run": heal_loop.Config(seed=3)}, "--seed is a single run's; fix: ")])
+    ({"run": heal_loop.Config(seed=3)}, "--seed is a single run's; fix: "),
+    ({"trait": ("care", str(texts.DATA / "traits/care.json"))}, "two files called .*care.json")])
 def test_flags_that_make_no_sweep_are_named(tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
         sweep.arms(config(tmp_path, **changes))
