@@ -81,6 +81,10 @@ class Sweeps:
         figure.savefig(self.pictures / name, dpi=160)
         return name
 
+    def known(self, arms: list[str]) -> list[str]:
+        """Those of the arms that were run."""
+        return [arm for arm in arms if arm in self.arms]
+
     def finished(self, arm: str) -> str:
         """How many rounds each seed finished, such as 6, 7, 8."""
         return ", ".join(str(len(run.of("healed"))) for run in self.arms[arm])
@@ -96,12 +100,13 @@ class Sweeps:
         An arm that never got so far stands as it was after its last round.
         """
         metrics = ["Δtrait", *self.metrics(arms)]
-        head, rows = ["teacher", "targets", "sampler", "barrier", "rounds", "seeds"], []
+        head = "teacher, targets, sampler, doses; rate, barrier, rounds, seeds".split(", ")
+        rows = []
         for run in self.arms.get(alone, []):
             for name, stage in (("base", "base"), ("persona as a prompt", "prompted")):
-                rows.append([name, *[""] * 4, 1, *frontier.cells(run.of(stage), metrics)])
+                rows.append([name, *[""] * 5, 1, *frontier.cells(run.of(stage), metrics)])
             steered = frontier.at_trait(run, level, "alone")
-            rows.append(["steering alone", *[""] * 4, 1, *frontier.cells([steered], metrics)])
+            rows.append(["steering alone", *[""] * 5, 1, *frontier.cells([steered], metrics)])
         for arm in arms:
             of_arm = self.arms[arm]
             events = [frontier.at_trait(run, level) for run in of_arm]
@@ -128,7 +133,7 @@ class Sweeps:
 
 
 def recipe(config: dict) -> list:
-    """Teacher, targets, sampler, barrier and rounds; of an earlier version there was one way."""
+    """Teacher, targets, sampler, doses and rate, barrier, rounds; defaults for older records."""
     config = {"teacher": "steered", "targets": "samples", "top_k": 64, "top_p": 0.95} | config
     unsteered = config["teacher"] == "steered" and set(config["doses"] or [1]) == {0}
     sampler = f"top-k {config['top_k']}, top-p {config['top_p']:g}"
@@ -138,8 +143,9 @@ def recipe(config: dict) -> list:
         sampler += ", any perplexity"
     barrier = {"nll": "none", "wd": f"weight decay {config['weight_decay']:g}"}.get(
         config["reg"], f"{config['agg']}, τ {config['tau']:g}, D from {config['ref']}")
-    return ["unsteered" if unsteered else config["teacher"], config["targets"],
-            sampler, barrier, config["rounds"]]
+    doses = ["none"] if unsteered or config["teacher"] != "steered" else config["doses"] or []
+    return ["unsteered" if unsteered else config["teacher"], config["targets"], sampler,
+            f"{' '.join(map(str, doses))}; {config['lr']:g}", barrier, config["rounds"]]
 
 
 def main(cfg: Config) -> None:

@@ -25,7 +25,7 @@ def record(path, arm="nll", seed=0, direction="down", steered=2.0, **config):
                    event("healed", r, shift, cost, direction)]
     config = {"arm": arm, "command": "--seeds 0", "seed": seed, "model": "tiny", "doses": [1.0],
               "reg": "nll", "weight_decay": 100, "rounds": len(path), "agg": "rmse", "tau": 0.8,
-              "ref": "base", "max_perplexity": 15.0} | config
+              "ref": "base", "max_perplexity": 15.0, "lr": 3e-4} | config
     return sweep.Record(f"{arm}_s{seed}", config, events)
 
 
@@ -167,12 +167,12 @@ def test_a_difference_is_taken_within_seeds(sweeps):
 def test_a_recipe_is_what_its_settings_say(sweeps):
     table = sweeps.recipes(["cut/nll", "whole/nll"], "cut/alone", 2)
     cut, whole = cells(table, "steered")
-    assert cut[:5] == ["samples", "top-k 64, top-p 0.95", "none", "3", "3"]
-    assert whole[1] == "whole, any perplexity" and cut[6].startswith("0.250 [")
-    assert [cells(table, name)[0][4:7] for name in ("base", "steering alone")] == [
+    assert cut[:2] + cut[3:6] == ["samples", "top-k 64, top-p 0.95", "none", "3", "3"]
+    assert whole[1] == "whole, any perplexity" and cut[7].startswith("0.250 [")
+    assert [cells(table, name)[0][5:8] for name in ("base", "steering alone")] == [
         ["1", "0.00", "0.010"], ["1", "2.00", "0.203"]]
     never, = cells(sweeps.recipes(["cut/nll"], "", 5), "steered")
-    assert never[5].startswith("2.20 [")  # after its last round
+    assert never[6].startswith("2.20 [")  # after its last round
 
 
 def test_contrasts_that_were_not_run_are_left_out(sweeps):
