@@ -136,7 +136,7 @@ def attach(model, rank: int = 16, alpha: float = 32.0, layers: tuple[float, floa
     others = [key for key in sizes if key.removesuffix(".weight") not in names]
     if not names:
         raise ValueError(f"no nn.Linear named {targets or 'anything'} in blocks {layers}, only "
-                         f"{', '.join(others) or 'nothing'}; fix: a wider range, or targets")
+                         f"{', '.join(others) or 'nothing'}; fix: 0 <= from < to <= 1, or targets")
     if others and not targets:
         share = 1 - sum(sizes[key] for key in others) / sum(sizes.values())
         warnings.warn(f"LoRA reaches {share:.0%} of the weights in its blocks; not nn.Linear, "
