@@ -27,8 +27,8 @@ import distil
 import evaluate
 import lora
 from common import checks, models, prompts, runs, texts
-from common.sampling import completion_states, logits, score, training
-from steer import SteeringVector, batches
+from common.sampling import completion_states, even_batches, logits, score, training
+from steer import SteeringVector
 
 
 @dataclass
@@ -174,8 +174,7 @@ def heal_round(model, chat, kept: list[dict], cfg: Config, seed: int, reference:
 
     # 2. the hidden states of reference and teacher, once: a round leaves both as they are
     data, sizes = [], [len(prompt) + len(completion) - 1 for prompt, completion, _ in train]
-    even = torch.arange(len(train)).tensor_split(math.ceil(len(train) / cfg.batch_size))
-    for part in sum((batches(model, some.tolist(), sizes, cfg.batch_size) for some in even), []):
+    for part in even_batches(model, sizes, cfg.batch_size):
         asked, completions, part_rows = zip(*(train[i] for i in part))
         lengths, soft = [len(c) for c in completions], None
         with torch.no_grad(), training(model), lora.gates(model, history=reference or 0, live=0):

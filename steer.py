@@ -180,7 +180,8 @@ def calibrate(model, vector: SteeringVector, prompts: list[list[int]], nats: flo
     """
     check_room(model, max(map(len, prompts)), tokens)
     parts = batches(model, range(len(prompts)), [len(p) + tokens for p in prompts], len(prompts))
-    ids, mask, _ = left_pad([prompts[i] for i in max(parts, key=len)], model.device)  # one side
+    # under long rope, the prompts on the larger side of its switch
+    ids, mask, _ = left_pad([prompts[i] for i in max(parts, key=len)], model.device)
 
     def next_logits(n):  # of the last n positions, [prompts, n, vocab]
         positions = (mask.cumsum(1) - 1).clamp(min=0)

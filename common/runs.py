@@ -271,10 +271,12 @@ def cli(config_class, main, rest: str | None = None) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as e:
-        message, in_memory = " ".join(str(e).split()), isinstance(e, torch.OutOfMemoryError)
+        message = " ".join(str(e).split())
         if "fix:" not in message and not isinstance(e, ValueError):  # the system's own words
-            message += ("; fix: --dtype bfloat16, or a smaller model" if in_memory else
-                        "; fix: a path that can be read and written, on a disk with room")
+            fix = "a path that can be read and written, on a disk with room"
+            if isinstance(e, torch.OutOfMemoryError):
+                fix = "--dtype bfloat16, or a smaller model"
+            message += f"; fix: {fix}"
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
 

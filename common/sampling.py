@@ -92,6 +92,18 @@ def rows_at_once(model) -> int:
     return 96 if model.device.type == "cpu" else 256
 
 
+def even_batches(model, lengths: list[int], rows: int) -> list[list[int]]:
+    """Rows in order, in as few batches of at most `rows` as need be, all of about one size.
+
+    lengths: of each row, in tokens. `batches` splits one further where memory or long rope asks.
+    """
+    n_batches = math.ceil(len(lengths) / rows)
+    parts = []
+    for group in torch.arange(len(lengths)).tensor_split(n_batches):
+        parts += batches(model, group.tolist(), lengths, rows)
+    return parts
+
+
 def halving(step, rows: list[int]) -> None:
     """step(rows), or one half after the other where the memory does not hold them all.
 

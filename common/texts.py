@@ -210,8 +210,9 @@ def read(config) -> Texts:
     if (flags["n_contexts"] or 0) > len(contexts):
         raise ValueError(f"--n-contexts {flags['n_contexts']} of {len(contexts)} in "
                          f"{DATA / 'contexts.json'}; fix: at most {len(contexts)}")
-    train, heldout = ([f"{prompt} {flags['prompt_suffix']}".strip() for prompt in prompts]
-                      for prompts in (trait.train, trait.heldout))
+    suffix = flags["prompt_suffix"]
+    train = [f"{prompt} {suffix}".strip() for prompt in trait.train]
+    heldout = [f"{prompt} {suffix}".strip() for prompt in trait.heldout]
     trait = replace(trait, readout=readout, train=train, heldout=heldout)
     return Texts(**vars(trait), contexts=contexts[:flags["n_contexts"]],
                  plain=load_rows(DATA / "plain.json", "texts")[:12],

@@ -143,9 +143,10 @@ def recipe(config: dict) -> list:
         sampler += ", any perplexity"
     barrier = {"nll": "none", "wd": f"weight decay {config['weight_decay']:g}"}.get(
         config["reg"], f"{config['agg']}, τ {config['tau']:g}, D from {config['ref']}")
-    doses = ["none"] if unsteered or config["teacher"] != "steered" else config["doses"] or []
-    return ["unsteered" if unsteered else config["teacher"], config["targets"], sampler,
-            f"{' '.join(map(str, doses))}; {config['lr']:g}", barrier, config["rounds"]]
+    teacher = "unsteered" if unsteered else config["teacher"]
+    doses = " ".join(map(str, config["doses"] or [])) if teacher == "steered" else "none"
+    return [teacher, config["targets"], sampler, f"{doses}; {config['lr']:g}", barrier,
+            config["rounds"]]
 
 
 def main(cfg: Config) -> None:

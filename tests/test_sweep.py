@@ -83,6 +83,12 @@ def test_flags_that_make_no_sweep_are_named(tmp_path, changes, words):
         sweep.arms(config(tmp_path, **changes))
 
 
+def test_a_pair_of_ones_own_is_swept_too(tmp_path):
+    own = heal_loop.Config(pos="Be brief.", neg="Be wordy.")
+    by_arm = sweep.arms(config(tmp_path, reg=("nll", "kl_rev"), agg=("mean", "rmse"), run=own))
+    assert list(by_arm) == ["nll", "kl_rev_mean", "kl_rev_rmse"]
+
+
 def test_arms_share_round_0_unless_they_differ_before_healing(tmp_path):
     cfg = config(tmp_path, reg=("nll", "kl_rev"), teacher=("steered", "prompted"), seeds=(0, 1),
                  top_k=(0, 64), top_p=(0.95, 1.0), targets=("samples", "soft"), epochs=(1, 3))

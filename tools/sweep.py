@@ -107,13 +107,14 @@ def arms(cfg: Config) -> dict[str, list[heal_loop.Config]]:
         if name in DOSES:
             values = [tuple(map(float, word.split(","))) for word in values]
         lists[name] = list(dict.fromkeys(values or [getattr(cfg.run, name)]))
+    if len({Path(trait).stem for trait in lists["trait"]}) < len(lists["trait"]):
+        raise ValueError(f"--trait: two files called alike: {', '.join(lists['trait'])}; "
+                         "fix: other names, which arms go by")
     by_arm = {}
     for values in itertools.product(*lists.values()):
         chosen = dict(zip(lists, values))
         arm = arm_name(chosen, lists)
         if arm in by_arm:  # differs only in what has no effect
-            if chosen["trait"] != by_arm[arm][0].trait:
-                raise ValueError(f"--trait: two files called {chosen['trait']}; fix: other names")
             continue
         by_arm[arm] = []
         for seed in dict.fromkeys(cfg.seeds or [cfg.run.seed]):
